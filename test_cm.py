@@ -1,0 +1,970 @@
+"""Tests. Peers (diffusers, torch-fidelity) are compared with where they are installed: see README, Tests."""
+
+import csv
+import gzip
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import cm
+
+HERE = Path(__file__).parent
+TINY = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(), image_size=8, batch_size=8)
+TINY_FLAGS = ("--channels 8 --multipliers 1 2 --blocks 1 --attention 4 --image-size 8 --batch-size 8 "
+              "--checkpoint-every 5 --log-every 4").split()
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def tiny_unet(seed=0, num_classes=4, dropout=0.0, reserve=True, perturb=True, dtype=torch.float32):
+    """A small UNet; `perturb` moves every weight (B too) off its initial value."""
+    torch.manual_seed(seed)
+    unet = cm.UNet(num_classes, 1, 8, 8, (1, 2), 1, (4,), dropout)
+    if reserve:
+        cm.reserve_capacity(unet.decoder, 0.25)
+    if perturb:
+        for p in unet.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
+    return unet.to(dtype)
+
+
+def config(**kw):
+    return cm.Config(**(TINY | kw)).resolved()
+
+
+def batch(n=6, num_classes=4, seed=1, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    x0, eps = torch.randn(2, n, 1, 8, 8, generator=g, dtype=dtype)
+    return x0, torch.arange(n) % num_classes, torch.randint(1000, (n,), generator=g), eps
+
+
+def command(*args, **kw):
+    """Run cm.py on one thread, as a user would."""
+    kw.setdefault("timeout", 300)
+    return subprocess.run([sys.executable, str(HERE / "cm.py"), *map(str, args)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **kw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_class_counts_are_the_published_ones():
+    ten = cm.class_counts(5000, 100, 10)
+    assert (ten[0], ten[-1], sum(ten)) == (5000, 50, 12406)
+    assert sum(cm.class_counts(500, 100, 100)) == 10847
+    assert cm.class_counts(7, 1, 3) == [7, 7, 7]
+
+
+def test_long_tail_indices_follow_the_published_procedure():
+    labels = np.random.RandomState(3).permutation(np.repeat(np.arange(10), 60))
+    np.random.seed(0)  # the published code seeds numpy globally
+    expected = []
+    for c in range(10):
+        index = np.where(labels == c)[0]
+        np.random.shuffle(index)
+        expected.extend(index[: int(60 * 0.05 ** (c / 9.0))])
+    assert cm.long_tail_indices(labels, 20).tolist() == expected
+    assert cm.long_tail_indices(labels, 1).tolist() == list(range(600))
+    uneven = np.repeat([0, 1, 2], [50, 30, 40])
+    assert np.bincount(uneven[cm.long_tail_indices(uneven, 10)]).tolist() == [30, 9, 3]
+
+
+@pytest.mark.parametrize("num_classes, sizes", [(10, [3, 3, 4]), (100, [33, 33, 34]), (2, [1, 1]), (8142, [2714] * 3), (4, [1, 1, 2])])
+def test_splits(num_classes, sizes):
+    counts = np.random.RandomState(0).permutation(np.arange(num_classes) + 1)  # in no order
+    parts = cm.splits(counts)
+    assert [len(p) for p in parts.values()] == sizes
+    ranked = np.concatenate(list(parts.values()))
+    assert counts[ranked].tolist() == sorted(counts.tolist(), reverse=True)
+
+
+def test_shapes_are_seeded_varied_and_told_apart():
+    images, labels = cm.draw_shapes(40, 16, seed=0)
+    again, _ = cm.draw_shapes(40, 16, seed=0)
+    assert images.dtype == np.uint8 and images.shape == (400, 16, 16, 3) and (images == again).all()
+    assert (images != cm.draw_shapes(40, 16, seed=1)[0]).any()
+    assert len(np.unique(images.reshape(400, -1), axis=0)) == 400  # no image twice
+    x = np.linspace(-1.5, 1.5, 301)
+    for shape in cm.SHAPES:  # a true signed distance changes by at most the step between points; inside and outside exist
+        d = cm.signed_distance(shape, *np.meshgrid(x, x))
+        assert d.min() < -0.1 and (d[[0, -1]] > 0).all() and (d[:, [0, -1]] > 0).all(), shape
+        assert abs(np.diff(d)).max() < 0.0101, shape
+
+
+def write_idx(path, array, zipped):
+    raw = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    (gzip.open if zipped else open)(str(path) + (".gz" if zipped else ""), "wb").write(raw)
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """Ten classes of 40 images in Fashion-MNIST's files, half of them gzipped."""
+    rng, root = np.random.RandomState(0), tmp_path / "fashion"
+    root.mkdir()
+    for stem, n in (("train", 40), ("t10k", 4)):
+        write_idx(root / f"{stem}-images-idx3-ubyte", rng.randint(0, 256, (10 * n, 28, 28)).astype(np.uint8), stem == "train")
+        write_idx(root / f"{stem}-labels-idx1-ubyte", np.tile(np.arange(10, dtype=np.uint8), n), stem != "train")
+    return root
+
+
+def test_fashion_is_read_padded_and_pooled(fashion):
+    full, labels, names = cm.load_dataset("fashion", fashion, 32)
+    half, _, _ = cm.load_dataset("fashion", fashion, 16)
+    raw = torchvision.datasets.mnist.read_image_file
+    with gzip.open(fashion / "train-images-idx3-ubyte.gz") as f:
+        (fashion / "plain").write_bytes(f.read())
+    expected = F.pad(raw(str(fashion / "plain")), (2, 2, 2, 2))
+    assert (full[..., 0] == expected.numpy()).all() and labels[:12].tolist() == [*range(10), 0, 1] and len(names) == 10
+    pooled = F.avg_pool2d(expected[:, None].float(), 2)[:, 0].numpy()
+    assert half.shape == (400, 16, 16, 1) and abs(half[..., 0] - pooled).max() <= 0.5
+    assert len(cm.load_dataset("fashion", fashion, 32, train=False)[0]) == 40
+
+
+@pytest.mark.parametrize("name, files, key", [("cifar10", ["data_batch_1"], b"labels"), ("cifar100", ["train"], b"fine_labels")])
+def test_cifar_is_read_from_files_in_its_own_format(tmp_path, monkeypatch, name, files, key):
+    cls = getattr(torchvision.datasets, name.upper())
+    folder, classes = tmp_path / cls.base_folder, int(name[5:])
+    folder.mkdir()
+    data = np.random.RandomState(0).randint(0, 256, (2 * classes, 3072)).astype(np.uint8)
+    for file in files:
+        (folder / file).write_bytes(pickle.dumps({"data": data, key.decode(): list(range(classes)) * 2}))
+    (folder / cls.meta["filename"]).write_bytes(pickle.dumps({cls.meta["key"]: [f"c{i}" for i in range(classes)]}))
+    import hashlib
+    md5 = lambda f: hashlib.md5((folder / f).read_bytes()).hexdigest()
+    monkeypatch.setattr(cls, "train_list", [[f, md5(f)] for f in files])
+    monkeypatch.setattr(cls, "test_list", [])
+    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": md5(cls.meta["filename"])})
+    images, labels, names = cm.load_dataset(name, tmp_path, 32)
+    assert images.shape == (2 * classes, 32, 32, 3) and labels.tolist() == list(range(classes)) * 2
+    assert (images[3].transpose(2, 0, 1).reshape(-1) == data[3]).all() and names[1] == "c1"
+
+
+def make_tree(root, counts, size=(20, 12), seed=0):
+    from PIL import Image
+    rng = np.random.RandomState(seed)
+    for name, n in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_folder_is_decoded_once_and_keeps_its_counts_in_any_order(tmp_path, monkeypatch):
+    tree = make_tree(tmp_path / "tree", {"ant": 3, "bee": 9, "cat": 1})
+    make_tree(tree / "val", {"bee": 2})
+    c = config(dataset="folder", data=str(tree), preset="small")
+    data = cm.Data(c)
+    assert data.counts.tolist() == [3, 9, 1] and data.images.shape == (13, 3, 8, 8) and data.names == ["ant", "bee", "cat"]
+    assert data.held_out_labels.tolist() == [1, 1] and data.held_out_name == "held-out"
+    monkeypatch.setattr(torchvision.datasets.folder, "pil_loader", lambda f: pytest.fail("decoded twice"))
+    assert (cm.Data(c).images == data.images).all()
+    monkeypatch.undo()
+    (tree / "cat" / "0.png").write_bytes((tree / "ant" / "0.png").read_bytes())  # a changed file is seen
+    assert (cm.Data(c).images[12] == data.images[0]).all()
+
+
+def test_folder_with_train_and_without_val(tmp_path):
+    make_tree(tmp_path / "t" / "train", {"a": 2, "b": 2}, size=(8, 8))
+    data = cm.Data(config(dataset="folder", data=str(tmp_path / "t"), preset="small"))
+    assert data.names == ["a", "b"] and data.held_out_name == "TRAINING images"
+    from PIL import Image
+    assert (data.images[0].permute(1, 2, 0).numpy() == np.asarray(Image.open(tmp_path / "t/train/a/0.png"))).all()
+
+
+def test_batches_are_drawn_by_frequency_to_the_power_q():
+    data = cm.Data(config(dataset="shapes"))
+    for q in (1.0, 0.5, 0.0):
+        torch.manual_seed(0)
+        x, y = data.batch(20_000, q)
+        expected = data.counts.double() ** q / (data.counts.double() ** q).sum()
+        observed = torch.bincount(y, minlength=10) / len(y)
+        assert (observed - expected).abs().max() < 4 * math.sqrt(0.25 / len(y))
+    assert x.shape == (20_000, 3, 8, 8) and x.min() >= -1 and x.max() <= 1
+    rows = cm.to_uint8(x[:50])
+    for image, label in zip(rows, y[:50]):  # each image is one of its class's, maybe flipped
+        own = data.images[data.labels == label]
+        assert (own == image).flatten(1).all(1).any() or (own.flip(3) == image).flatten(1).all(1).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Network and capacity reservation
+
+
+def test_paper_network_has_the_papers_size_and_the_step_costs_1_73():
+    from torch.utils.flop_counter import FlopCounterMode
+    unet = cm.UNet(10)
+    assert abs(sum(p.numel() for p in unet.parameters()) - 35.75e6) < 0.02e6
+    x, t, y = torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as encoder:
+        h = unet.encode(x, t, y)
+    with torch.no_grad(), FlopCounterMode(display=False) as decoder:
+        unet.decode(*h)
+    share = decoder.get_total_flops() / (encoder.get_total_flops() + decoder.get_total_flops())
+    assert abs(share - 0.73) < 0.01
+
+
+@pytest.mark.parametrize("channels, size", [(1, 8), (3, 16), (3, 12)])
+def test_network_takes_any_size_on_its_stride_labels_or_none_and_an_extra_embedding(channels, size):
+    unet = cm.UNet(None, channels, size, 8, (1, 2, 2), 1, ())
+    for p in unet.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    x, t = torch.randn(2, channels, size, size), torch.tensor([3, 900])
+    plain = unet(x, t)
+    assert plain.shape == x.shape and (unet(x, t, torch.tensor([0, 1])) == plain).all()
+    assert (unet(x, t, extra_emb=torch.zeros(2, 32)) == plain).all()
+    assert (unet(x, t, extra_emb=torch.ones(2, 32)) != plain).any()
+    with pytest.raises(ValueError, match="stride, 4"):
+        unet(torch.randn(2, channels, size + 2, size), t)
+
+
+def test_a_dropped_label_adds_nothing():
+    unet = tiny_unet()
+    x0, y, t, _ = batch()
+    none, dropped, some = unet(x0, t), unet(x0, t, torch.full_like(y, -1)), unet(x0, t, torch.where(y == 1, -1, y))
+    assert torch.allclose(none, dropped, atol=1e-6)
+    assert torch.allclose(some[y == 1], none[y == 1], atol=1e-6) and not torch.allclose(some[y != 1], none[y != 1], atol=1e-3)
+
+
+def test_at_the_start_theta_and_theta_g_are_the_plain_network_and_d_is_zero_under_dropout():
+    plain = tiny_unet(reserve=False, perturb=False, dropout=0.5)
+    plain.decoder[-1][-1].weight.data.normal_()
+    unet = tiny_unet(perturb=False, dropout=0.5)
+    unet.decoder[-1][-1].weight.data.copy_(plain.decoder[-1][-1].weight)
+    x0, y, t, eps = batch()
+    outputs = []
+    for network in (plain, unet):
+        torch.manual_seed(5)
+        outputs.append(network(x0, t, y))
+    torch.manual_seed(5)
+    with cm.general_only(unet):
+        outputs.append(unet(x0, t, y))
+    assert all(torch.equal(outputs[0], o) for o in outputs[1:])
+    losses = cm.CapacityManipulation(unet, [9, 5, 2, 1], config())
+    assert unet.training
+    for _ in range(3):
+        assert losses(x0, y, t, eps, y)[3].max() == 0
+    torch.manual_seed(5)
+    one = unet(x0, t, y)
+    assert not torch.equal(one, unet(x0, t, y))  # the masks do differ from call to call
+
+
+def test_decoder_alone_is_factorised_with_the_papers_ranks():
+    unet = cm.make_unet(cm.Config(dataset="cifar10").resolved(), 10, 3)
+    reserved = {n: m for n, m in unet.named_modules() if isinstance(m, cm.LowRankReserved)}
+    whole = [n for n, m in unet.decoder.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and not n.endswith(".layer")]
+    assert whole == [f"{len(unet.decoder) - 1}.2"]  # to three channels: int(0.1 * 3) = 0
+    assert all(n.startswith("decoder.") for n in reserved) and len(reserved) > 50
+    for m in reserved.values():
+        d, k = m.layer.weight.flatten(1).shape
+        assert m.B.shape == (d, int(0.1 * min(d, k))) and m.A.shape == (int(0.1 * min(d, k)), k)
+        assert (m.B == 0).all() and 0 < m.A.abs().max() <= math.sqrt(1 / k) + 1e-6  # LoRA: uniform within 1/sqrt(k)
+
+
+def test_merged_is_a_plain_network_that_computes_the_same():
+    unet = tiny_unet().eval()
+    plain = tiny_unet(reserve=False).eval()
+    x0, y, t, _ = batch()
+    merged = cm.merge(unet)
+    plain.load_state_dict(merged.state_dict(), strict=True)
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in merged.named_parameters()]
+    assert not any(isinstance(m, cm.LowRankReserved) for m in merged.modules())
+    full = unet(x0, t, y)
+    assert torch.allclose(plain(x0, t, y), full, atol=1e-5)
+    with cm.general_only(unet):
+        general, merged_g = unet(x0, t, y), cm.merge(unet)
+    assert torch.allclose(merged_g(x0, t, y), general, atol=1e-5) and not torch.allclose(general, full, atol=1e-2)
+    assert torch.equal(unet(x0, t, y), full)  # untouched, and back to theta
+
+
+def test_general_only_nests_and_ends_on_an_exception():
+    unet = tiny_unet()
+    layer = next(m for m in unet.modules() if isinstance(m, cm.LowRankReserved))
+    with pytest.raises(RuntimeError):
+        with cm.general_only(unet):
+            with cm.general_only(unet):
+                pass
+            assert layer.weight is layer.layer.weight
+            raise RuntimeError
+    expected = layer.layer.weight.double().flatten(1) + layer.B.double() @ layer.A.double()
+    assert torch.allclose(layer.weight.double().flatten(1), expected, atol=1e-6)
+
+
+def test_reserve_capacity_in_any_module_in_three_lines():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 16),
+                        nn.Conv1d(5, 5, 1), nn.Unflatten(1, (5, 1)), nn.Conv2d(5, 10, (1, 3), padding=(0, 1),
+                                                                            padding_mode="circular", groups=5))
+    x = torch.randn(3, 5, 16)
+    before = net.eval()(x)
+    # the README's three lines, on a network that isn't ours
+    cm.reserve_capacity(net, rank_ratio=0.5)
+    with cm.general_only(net):
+        general = net(x)
+    merged = cm.merge(net)
+    assert torch.allclose(before, general, atol=1e-6) and torch.allclose(merged(x), before, atol=1e-6)
+    for m in net.modules():
+        if isinstance(m, cm.LowRankReserved):
+            m.B.data.normal_()
+    assert not torch.allclose(net(x), before, atol=1e-2) and torch.allclose(cm.merge(net)(x), net(x), atol=1e-5)
+    with pytest.raises(ValueError, match="already"):
+        cm.reserve_capacity(net)
+    for ratio in (0, -1, 1.1):
+        with pytest.raises(ValueError, match="outside"):
+            cm.reserve_capacity(nn.Linear(4, 4), ratio)
+    with pytest.raises(ValueError, match="nothing"):
+        cm.reserve_capacity(nn.Linear(4, 4), 0.1)
+    assert isinstance(cm.merge(cm.reserve_capacity(nn.Linear(4, 4), 0.5)), nn.Linear)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eqs. (2), (3), (4)
+
+
+def test_class_weights_are_eq_3():
+    counts = [1, 100, 10]
+    con, div = cm.class_weights(counts)
+    for c, n in enumerate(counts):
+        assert math.isclose(con[c], 3 * n / 111, rel_tol=1e-6)
+        assert math.isclose(div[c], 3 / (n * (1 / 1 + 1 / 100 + 1 / 10)), rel_tol=1e-6)
+    assert all(torch.equal(w, torch.ones(5)) for w in cm.class_weights([7] * 5))
+    for bad in ([3, 0], [[1, 2]], [-1, 2]):
+        with pytest.raises(ValueError):
+            cm.class_weights(bad)
+
+
+def test_capacity_loss_is_eq_2_up_to_the_margin_and_flat_beyond():
+    eps, w = torch.zeros(4, 1, 2, 2), torch.tensor([2.0, 2.0, 0.5, 0.5])
+    other = torch.tensor([0.1, 3.0, 0.05, 3.0])[:, None, None, None].expand(4, 1, 2, 2).clone().requires_grad_()
+    loss = cm.capacity_loss(eps, other, w, torch.ones(4), 0.01)
+    assert torch.allclose(loss, torch.tensor([1 * 0.01, 1 * 9.0, -0.5 * 0.0025, -0.5 * 0.01]))
+    loss.sum().backward()
+    assert (other.grad[3] == 0).all() and (other.grad[:3] != 0).all()
+    printed = cm.capacity_loss(eps, other, w, torch.ones(4), math.inf)
+    assert torch.allclose(printed, torch.tensor([0.01, 9.0, -0.00125, -4.5]))
+
+
+def test_balanced_data_gives_no_capacity_loss():
+    unet, (x0, y, t, eps) = tiny_unet(), batch()
+    total, base, l_cm, d = cm.CapacityManipulation(unet, [5] * 4, config())(x0, y, t, eps, y)
+    assert d.min() > 1e-4 and l_cm.abs().max() < 1e-6 and torch.allclose(total, base.mean())
+
+
+@pytest.mark.parametrize("terms", [{}, {"no_con": True}, {"no_div": True}])
+def test_gradients_of_the_capacity_loss_against_an_independent_writing(terms):
+    """float64, tiny network, B != 0: two plain networks W_g + BA and W_g, the chain rule to A and B by hand."""
+    unet, (x0, y, t, eps) = tiny_unet(dtype=torch.float64), batch(dtype=torch.float64)
+    counts, margin, lam = torch.tensor([50, 20, 5, 1]), 0.02, 1.5
+    losses = cm.CapacityManipulation(unet, counts, config(div_margin=margin, lam=lam, **terms)).double()
+    losses(x0, y, t, eps, y)[0].backward()
+
+    theta, general = cm.merge(unet), None
+    with cm.general_only(unet):
+        general = cm.merge(unet)
+    a = losses.alpha_bar[t].view(-1, 1, 1, 1)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
+    out, out_g = theta(x_t, t, y), general(x_t, t, y)
+    total, active = 0, []
+    for i, k in enumerate(y.tolist()):
+        n = counts.double()
+        w = (0 if "no_con" in terms else 4 * n[k] / n.sum()) - (0 if "no_div" in terms else 4 / (n[k] * (1 / n).sum()))
+        d = ((out[i] - out_g[i]) ** 2).sum() / out[i].numel()
+        active.append(bool(d < margin))
+        total = total + (((out[i] - eps[i]) ** 2).mean() + lam * w * (d if w >= 0 else min(d, torch.tensor(margin)))) / len(y)
+    assert terms.get("no_div") or (any(active) and not all(active))  # both branches are met
+    total.backward()
+    reserved = {n: m for n, m in unet.named_modules() if isinstance(m, cm.LowRankReserved)}
+    worst = 0.0
+    for name, m in reserved.items():
+        g, g_g = theta.get_submodule(name).weight.grad.flatten(1), general.get_submodule(name).weight.grad.flatten(1)
+        for ours, expected in ((m.B.grad, g @ m.A.T), (m.A.grad, m.B.T @ g), (m.layer.weight.grad.flatten(1), g + g_g)):
+            worst = max(worst, float((ours - expected).norm() / expected.norm()))
+    assert worst < 1e-5, worst  # omega is float32
+    for (name, p), q, r in zip(unet.encoder.named_parameters(), theta.encoder.parameters(), general.encoder.parameters()):
+        assert torch.allclose(p.grad, q.grad + r.grad, rtol=1e-4, atol=1e-9), name  # one encoder pass = two full ones
+
+
+def test_eq_4_weighs_by_the_true_class_also_where_the_label_is_dropped():
+    unet, (x0, y, t, eps) = tiny_unet(), batch()
+    losses = cm.CapacityManipulation(unet, [40, 9, 4, 1], config(div_margin=math.inf, lam=0.7))
+    total, base, l_cm, d = losses(x0, y, t, eps, torch.full_like(y, -1))
+    con, div = cm.class_weights([40, 9, 4, 1])
+    assert torch.allclose(l_cm, (con - div)[y] * d, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(total, base.mean() + 0.7 * l_cm.mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Base losses
+
+
+def test_oc_target_against_a_double_loop():
+    g = torch.Generator().manual_seed(0)
+    n, counts = 12, torch.tensor([30, 10, 2])
+    x0 = torch.randn(n, 3, 4, 4, generator=g) * 0.1
+    y, t, eps = torch.arange(n) % 3, torch.tensor([0, 5, 50, 100, 200, 300, 400, 500, 600, 700, 900, 999]), torch.randn(n, 3, 4, 4, generator=g)
+    alpha_bar = cm.make_alpha_bar()
+    x_t = cm.add_noise(x0, t, eps, alpha_bar)
+    target = cm.oc_target(x0, x_t, t, y, eps, counts, alpha_bar, torch.Generator().manual_seed(7))
+    p = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        a = float(alpha_bar[t[i]])
+        for j in range(n):  # q(x_t | x_j) is a Gaussian of mean sqrt(a) x_j and variance 1 - a
+            p[i, j] = -float(((x_t[i].double() - math.sqrt(a) * x0[j].double()) ** 2).sum()) / (2 * (1 - a))
+    p = p.softmax(1)
+    ref = torch.multinomial(p.float(), 1, generator=torch.Generator().manual_seed(7))[:, 0].tolist()
+    transferred = 0
+    for i, j in enumerate(ref):
+        a = float(alpha_bar[t[i]])
+        point = (x_t[i] - math.sqrt(a) * x0[j]) / math.sqrt(1 - a)
+        expected = point if counts[y[j]] >= counts[y[i]] else eps[i]
+        transferred += j != i and bool(counts[y[j]] >= counts[y[i]])
+        assert torch.allclose(target[i], expected, atol=1e-4), i
+    assert 2 <= transferred < n and ref[0] == 0  # some point elsewhere; at t = 0 only the sample itself is likely
+
+
+def test_oc_alone_changes_nothing_but_the_target():
+    unet, (x0, y, t, eps) = tiny_unet(), batch()
+    losses = cm.CapacityManipulation(unet, [40, 9, 4, 1], config(base="oc", no_cm=True))
+    torch.manual_seed(3)
+    _, base, _, _ = losses(x0, y, t, eps, y)
+    torch.manual_seed(3)
+    x_t = cm.add_noise(x0, t, eps, losses.alpha_bar)
+    target = cm.oc_target(x0, x_t, t, y, eps, losses.counts, losses.alpha_bar)
+    assert torch.allclose(base, ((unet(x_t, t, y) - target) ** 2).mean((1, 2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("no_cm", [True, False])
+def test_cbdm_against_its_formula_and_its_stop_gradients(no_cm):
+    unet, (x0, y, t, eps) = tiny_unet(dropout=0.4), batch()
+    y_in = torch.where(torch.arange(len(y)) == 2, -1, y)
+    losses = cm.CapacityManipulation(unet, [40, 9, 4, 1], config(base="cbdm", no_cm=no_cm, lam=0.0))
+    torch.manual_seed(3)
+    total, base, _, _ = losses(x0, y, t, eps, y_in)
+    total.backward()
+    grads = [p.grad.clone() for p in unet.parameters()]
+    unet.zero_grad()
+    torch.manual_seed(3)
+    x_t, y_other = cm.add_noise(x0, t, eps, losses.alpha_bar), torch.multinomial(torch.ones(4), len(y), replacement=True)
+    state = torch.get_rng_state()
+    own = unet(x_t, t, y_in)
+    torch.set_rng_state(state)  # the same masks
+    other = unet(x_t, t, y_other)
+    mse = lambda a, b: ((a - b) ** 2).mean((1, 2, 3))
+    weight = t / 1000 * (y_in >= 0)
+    expected = mse(own, eps) + weight * (mse(own, other.detach()) + 0.25 * mse(own.detach(), other))
+    assert torch.allclose(base, expected, atol=1e-6) and weight[2] == 0
+    expected.mean().backward()
+    for g, p in zip(grads, unet.parameters()):
+        assert torch.allclose(g, p.grad, atol=1e-6)
+
+
+def test_cbdm_prior_by_frequency_draws_by_frequency(monkeypatch):
+    seen = {}
+    original = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: seen.setdefault("p", p) is None or original(p, *a, **k))
+    x0, y, t, eps = batch()
+    for prior, expected in (("uniform", [1, 1, 1, 1]), ("frequency", [40, 9, 4, 1])):
+        seen.clear()
+        cm.CapacityManipulation(tiny_unet(), [40, 9, 4, 1], config(base="cbdm", cbdm_prior=prior))(x0, y, t, eps, y)
+        assert seen["p"].tolist() == expected
+
+
+def test_focal_against_its_formula():
+    unet, (x0, y, t, eps) = tiny_unet(), batch()
+    plain = cm.CapacityManipulation(unet, [4] * 4, config())(x0, y, t, eps, y)[1]
+    focal = cm.CapacityManipulation(unet, [4] * 4, config(base="focal"))(x0, y, t, eps, y)[1]
+    assert torch.allclose(focal, (1 - (-plain).exp()) * plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def eps_function(x, t, y):
+    """A made-up eps that depends on x, t and y and keeps the samplers stable."""
+    return 0.9 * torch.tanh(x + 0.3 * torch.sin(t / 150.0)[:, None, None, None]) + 0.1 * torch.cos(y.float())[:, None, None, None]
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddim", 50), ("ddim", 30), ("ddpm", 1000), ("ddpm", 30), ("dpm", 15), ("dpm", 7), ("dpm", 34)])
+def test_samplers_against_diffusers(sampler, steps):
+    diffusers = pytest.importorskip("diffusers")
+    common = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="epsilon")
+    scheduler = {
+        "ddim": lambda: diffusers.DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True, steps_offset=0,
+                                                timestep_spacing="leading", thresholding=False, rescale_betas_zero_snr=False),
+        "ddpm": lambda: diffusers.DDPMScheduler(**common, variance_type="fixed_large", clip_sample=False, thresholding=False,
+                                                timestep_spacing="leading", steps_offset=0, rescale_betas_zero_snr=False),
+        "dpm": lambda: diffusers.DPMSolverMultistepScheduler(
+            **common, solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True,
+            euler_at_final=False, final_sigmas_type="zero", timestep_spacing="linspace", steps_offset=0,
+            thresholding=False, use_karras_sigmas=False, lambda_min_clipped=-float("inf"), variance_type=None),
+    }[sampler]()
+    y, shape = torch.tensor([0, 1, 2]), (2, 4, 4)
+    generators = [torch.Generator().manual_seed(s) for s in (5, 6, 7)]
+    x = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        extra = {"generator": generators} if sampler == "ddpm" else {}
+        x = scheduler.step(eps_function(x, t.expand(3), y), t, x, **extra).prev_sample
+    ours = []  # cm.sample clips the final image: look at what it clips
+    clamp = torch.Tensor.clamp
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch.Tensor, "clamp", lambda v, *a, **k: (ours.append(v), clamp(v, *a, **k))[1])
+        clipped = cm.sample(eps_function, y, shape, sampler, steps, seeds=(5, 6, 7))
+    assert (ours[-1] - x).abs().max() / x.abs().max() < 1e-4
+    assert clipped.abs().max() <= 1 and torch.equal(clipped, clamp(ours[-1], -1, 1))
+
+
+def test_sampling_is_seeded_per_image_in_eval_mode_and_restores_training():
+    unet = tiny_unet(dropout=0.5)
+    y = torch.tensor([0, 1, 2, 3, 0])
+    whole = cm.sample(unet, y, (1, 8, 8), "ddpm", 5, seeds=range(5))
+    parts = torch.cat([cm.sample(unet, y[i:i + 2], (1, 8, 8), "ddpm", 5, seeds=range(i, min(i + 2, 5))) for i in (0, 2, 4)])
+    assert torch.allclose(whole, parts, atol=1e-5) and unet.training
+    assert not torch.allclose(whole[0], whole[4], atol=1e-2)
+    for bad in (dict(sampler="euler"), dict(steps=1001), dict(steps=-1)):
+        with pytest.raises(ValueError):
+            cm.sample(unet, y, (1, 8, 8), **bad)
+
+
+def test_guidance_is_a_linear_extrapolation_from_the_null_label():
+    y, seeds = torch.tensor([0, 1]), (0, 1)
+    guided = cm.sample(eps_function, y, (1, 4, 4), "ddim", 5, guidance=1.5, seeds=seeds)
+    by_hand = lambda x, t, k: 2.5 * eps_function(x, t, k) - 1.5 * eps_function(x, t, torch.full_like(k, -1))
+    assert torch.allclose(guided, cm.sample(by_hand, y, (1, 4, 4), "ddim", 5, seeds=seeds), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, end to end
+
+
+def toy_losses(steps, **kw):
+    """Train on noise-free toy classes (100:1), tiny network, high learning rate -> per-class (base, d) of the last tenth."""
+    torch.manual_seed(0)
+    c = config(lr=3e-3, label_drop=0.0, dropout=0.0, **kw)
+    counts = torch.tensor([400, 400, 4, 4])
+    patterns = torch.tanh(3 * torch.randn(4, 1, 8, 8))
+    unet = cm.make_unet(c, 4, 1)
+    losses, adam = cm.CapacityManipulation(unet, counts, c), torch.optim.Adam(unet.parameters(), c.lr)
+    sums = torch.zeros(3, 4)
+    for step in range(steps):
+        y = torch.multinomial(torch.tensor([0.3, 0.3, 0.2, 0.2]), 16, replacement=True)
+        x0 = patterns[y] * (0.8 + 0.4 * torch.rand(16, 1, 1, 1))
+        total, base, _, d = losses(x0, y, torch.randint(1000, (16,)), torch.randn_like(x0), y)
+        adam.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        adam.step()
+        if step >= 0.9 * steps:
+            sums.index_add_(1, y, torch.stack([base.detach(), d, torch.ones_like(d)]))
+    return sums[0] / sums[2], sums[1] / sums[2]
+
+
+def test_divergence_goes_to_the_minority_and_only_the_bound_keeps_its_loss():
+    plain, _ = toy_losses(600, no_cm=True)
+    bounded, d = toy_losses(600)
+    printed, d_printed = toy_losses(600, div_margin=math.inf)
+    assert d[2:].mean() > 10 * d[:2].mean(), d
+    assert bounded[2:].mean() < 2 * plain[2:].mean(), (bounded, plain)
+    assert printed[2:].mean() > 20 * plain[2:].mean(), (printed, plain)  # Eq. (2) as printed runs off
+
+
+def same_run(a, b):
+    a, b = (torch.load(p / "checkpoint.pt", weights_only=True) for p in (a, b))
+    return all(torch.equal(v, b[part][k]) for part in ("model", "ema") for k, v in a[part].items())
+
+
+def wait_for(path, process, seconds=120):
+    end = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_and_resumed_ends_bit_for_bit_where_the_uninterrupted_run_ends(tmp_path, number):
+    flags = ["--steps", 40, *TINY_FLAGS]
+    if number == signal.SIGKILL:
+        assert command(*flags, "--out", tmp_path / "whole").returncode == 0
+        test_killed_and_resumed_ends_bit_for_bit_where_the_uninterrupted_run_ends.whole = tmp_path / "whole"
+    whole = test_killed_and_resumed_ends_bit_for_bit_where_the_uninterrupted_run_ends.whole
+    process = subprocess.Popen([sys.executable, HERE / "cm.py", *map(str, flags), "--out", tmp_path / "cut"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(tmp_path / "cut" / "checkpoint.pt", process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    step = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"]
+    assert 5 <= step < 40, "the run was over before it was stopped"
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 128 + number and f"stopped at step {step}" in err and "--resume" in err
+        assert step % 5 or True
+    again = command("--resume", "--out", tmp_path / "cut")
+    assert again.returncode == 0, again.stderr
+    assert same_run(whole, tmp_path / "cut")
+    assert (whole / "log.csv").read_text() == (tmp_path / "cut" / "log.csv").read_text()
+
+
+def test_longer_steps_on_resume_equals_the_longer_run_with_its_first_warmup(tmp_path):
+    base = [*TINY_FLAGS, "--warmup", 7, "--out"]
+    assert command("--steps", 12, *base, tmp_path / "a").returncode == 0
+    assert command("--steps", 20, "--resume", *base, tmp_path / "a").returncode == 0
+    assert command("--steps", 20, *base, tmp_path / "b").returncode == 0
+    assert same_run(tmp_path / "a", tmp_path / "b")
+    short = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert short["options"]["warmup"] == 7 and short["options"]["steps"] == 20
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run on shapes."""
+    out = tmp_path_factory.mktemp("run") / "shapes"
+    done = command("--steps", 12, *TINY_FLAGS, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_a_run_leaves_its_table_and_files(finished):
+    out, text = finished
+    for name in ("config.json", "log.csv", "checkpoint.pt", "merged.pt", "samples.png", "curves.png"):
+        assert (out / name).stat().st_size > 100
+    assert not list(out.glob(".*"))  # no temporary file is left
+    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert [r["step"] for r in rows] == ["4", "8", "12"] and {"base_0", "d_9", "base_Many", "d_Few"} <= rows[0].keys()
+    state = torch.load(out / "merged.pt", weights_only=True)
+    unet = cm.UNet(10, 3, 8, 8, (1, 2), 1, (4,))
+    unet.load_state_dict(state, strict=True)  # a plain network's weights
+    # the table, recomputed from the checkpoint
+    checkpoint = cm.load_checkpoint(out / "checkpoint.pt")
+    c = cm.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()})
+    data = cm.Data(c)
+    loss, _, _ = cm.held_out_loss(unet, data.held_out, data.held_out_labels, 10)
+    disc = re.search(r"^disc +1000 +([\d.]+) +([\d.]+) +([\d.]+)", text, re.M).groups()
+    con, div = cm.class_weights(data.counts)
+    assert disc == (f"{con[0]:.3f}", f"{div[0]:.3f}", f"{loss[0]:.5f}") and "held-out" in text
+    assert re.search(r"^Few +99 ", text, re.M)
+
+
+def test_held_out_loss_against_a_loop_and_without_images():
+    unet = tiny_unet()
+    images, labels = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8), torch.tensor([0, 0, 0, 2, 2, 2])
+    loss, loss_g, d = cm.held_out_loss(unet, images, labels, 4, per_class=2, times=3)
+    assert unet.training and loss[[1, 3]].isnan().all()
+    generator, expected = torch.Generator().manual_seed(0), torch.zeros(2, 4)
+    unet.eval()
+    for t in (166, 500, 833):
+        eps, a = torch.randn(4, 1, 8, 8, generator=generator), cm.make_alpha_bar()[t].item()
+        for i, e in zip((0, 1, 3, 4), eps):
+            k = labels[i]
+            x_t = math.sqrt(a) * (images[i] / 127.5 - 1) + math.sqrt(1 - a) * e
+            call = lambda: unet(x_t[None], torch.tensor([t]), k[None])[0]
+            with torch.no_grad():
+                expected[0, k] += ((call() - e) ** 2).mean() / 6
+                with cm.general_only(unet):
+                    expected[1, k] += ((call() - e) ** 2).mean() / 6
+    assert torch.allclose(loss[[0, 2]].float(), expected[0, [0, 2]], rtol=1e-4)
+    assert torch.allclose(loss_g[[0, 2]].float(), expected[1, [0, 2]], rtol=1e-4) and (d[[0, 2]] > 0).all()
+
+
+def test_sample_writes_adms_layout(finished, tmp_path):
+    out = finished[0]
+    run = lambda *a: command("--sample", out / "checkpoint.pt", "--sample-steps", 3, *a)
+    file = tmp_path / "s.npz"
+    done = run("--num-images", 23, "--sample-batch", 10, "--out", file)
+    assert done.returncode == 0, done.stderr
+    z = np.load(file)
+    assert z["arr_0"].shape == (23, 8, 8, 3) and z["arr_0"].dtype == np.uint8
+    counts = np.bincount(z["arr_1"])
+    assert counts.max() - counts.min() <= 1 and len(counts) == 10 and z["counts"].tolist() == cm.class_counts(1000, 100, 10)
+    assert run("--num-images", 23, "--sample-batch", 23, "--out", tmp_path / "t.npz").returncode == 0
+    difference = np.load(tmp_path / "t.npz")["arr_0"].astype(int) - z["arr_0"]
+    assert abs(difference).max() <= 1  # the batch doesn't matter beyond rounding
+    assert run("--num-images", 4, "--labels", 7, 2, "--general-only", "--out", tmp_path / "u.npz").returncode == 0
+    assert np.load(tmp_path / "u.npz")["arr_1"].tolist() == [7, 2, 7, 2]
+    before = file.read_bytes()
+    again = run("--num-images", 1, "--out", file)
+    assert again.returncode == 2 and file.read_bytes() == before
+
+
+def test_general_only_samples_theta_g(tmp_path):
+    """After B has moved, --general-only draws from W_g and --sample from W_g + BA."""
+    c = config(dataset="shapes", out=str(tmp_path))
+    unet = cm.make_unet(c, 10, 3)
+    for p in unet.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    torch.save(dict(config=cm.stored_options(c), counts=cm.class_counts(1000, 100, 10), names=list(cm.SHAPES), step=1,
+                    model=unet.state_dict(), ema=unet.state_dict()), tmp_path / "checkpoint.pt")
+    images = []
+    for extra in ([], ["--general-only"]):
+        cm.main(["--sample", str(tmp_path / "checkpoint.pt"), "--num-images", "2", "--sample-steps", "4", "--overwrite", *extra])
+        images.append(np.load(tmp_path / "samples.npz")["arr_0"])
+    with cm.general_only(unet):
+        plain_g = cm.merge(unet)
+    for plain, saved in zip((cm.merge(unet), plain_g), images):
+        x = cm.sample(plain, torch.tensor([0, 1]), (3, 8, 8), steps=4, seeds=(0, 1))
+        assert abs(cm.to_uint8(x).permute(0, 2, 3, 1).numpy().astype(int) - saved).max() <= 1
+    assert (images[0] != images[1]).any()
+
+
+def test_many_classes_two_classes_unconditional_and_plain(tmp_path):
+    counts = {f"c{i:02d}": 1 + i % 5 for i in range(25)}
+    many = command("--dataset", "folder", "--data", make_tree(tmp_path / "many", counts, (8, 8)), "--preset", "small", "--steps", 4,
+                   *TINY_FLAGS, "--out", tmp_path / "m")
+    assert many.returncode == 0, many.stderr
+    assert "TRAINING images" in many.stdout and len(re.findall(r"^c\d\d ", many.stdout, re.M)) == 10
+    columns = csv.DictReader(open(tmp_path / "m" / "log.csv")).fieldnames
+    assert sum(c.startswith("d_") for c in columns) == 13
+    two = make_tree(tmp_path / "two", {"female": 3, "male": 12}, (8, 8))
+    for extra in ([], ["--unconditional"], ["--no-cm", "--base", "oc", "--resample", 0.5]):
+        out = tmp_path / ("t" + "".join(map(str, extra)))
+        done = command("--dataset", "folder", "--data", two, "--preset", "small", "--steps", 3, *TINY_FLAGS, *extra, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^Many +12 ", done.stdout, re.M) and not re.search(r"^Medium", done.stdout, re.M)
+        assert ("θ_g" in done.stdout) == ("--no-cm" not in extra)
+        sampled = command("--sample", out / "checkpoint.pt", "--num-images", 3, "--sample-steps", 2)
+        assert sampled.returncode == 0, sampled.stderr
+        assert ("arr_1" in np.load(out / "samples.npz")) == ("--unconditional" not in extra)
+
+
+@pytest.mark.parametrize("base", ["oc", "ddpm", "cbdm", "focal"])
+def test_every_base_trains_alone_and_with_cm(tmp_path, base):
+    for extra in ([], ["--no-cm"]):
+        out = tmp_path / f"{base}{len(extra)}"
+        cm.main(["--steps", "3", *TINY_FLAGS, "--base", base, "--resample", "0.5", "--out", str(out), *extra])
+        last = list(csv.DictReader(open(out / "log.csv")))[-1]
+        assert math.isfinite(float(last["base"])) and (float(last["cm"]) == 0) == bool(extra)
+
+
+def distributed_gradient(rank, world, file, x0, y, t, eps, out):
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world)
+    losses = cm.CapacityManipulation(tiny_unet(), [40, 9, 4, 1], config(base="ddpm", dropout=0.0))
+    model = nn.parallel.DistributedDataParallel(losses)
+    part = slice(rank * len(y) // world, (rank + 1) * len(y) // world)
+    model(x0[part], y[part], t[part], eps[part], y[part])[0].backward()
+    if rank == 0:
+        torch.save([p.grad for p in losses.unet.parameters()], out)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_average_to_the_union_batch_gradient(tmp_path):
+    x0, y, t, eps = batch(8)
+    torch.multiprocessing.spawn(distributed_gradient, (2, tmp_path / "rendezvous", x0, y, t, eps, tmp_path / "g"), nprocs=2)
+    unet = tiny_unet()
+    cm.CapacityManipulation(unet, [40, 9, 4, 1], config(base="ddpm", dropout=0.0))(x0, y, t, eps, y)[0].backward()
+    for ours, p in zip(torch.load(tmp_path / "g"), unet.parameters()):
+        assert torch.allclose(ours, p.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_torchrun_trains_and_resumes(tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "cm.py"),
+           *TINY_FLAGS, "--out", str(tmp_path / "ddp"), "--steps"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for extra in (["8"], ["12", "--resume"]):
+        done = subprocess.run(run + extra, capture_output=True, text=True, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("held-out") == 1  # one process reports
+    assert [r["step"] for r in csv.DictReader(open(tmp_path / "ddp" / "log.csv"))] == ["4", "8", "12"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "r"
+    flags = ["--steps", "8", *TINY_FLAGS, "--out", str(out)]
+    forward, calls = cm.CapacityManipulation.forward, []
+    def broken(self, *a):
+        loss, *rest = forward(self, *a)
+        calls.append(1)
+        return (loss * (math.nan if len(calls) == 7 else 1), *rest)
+    monkeypatch.setattr(cm.CapacityManipulation, "forward", broken)
+    with pytest.raises(SystemExit) as stopped:
+        cm.main(flags)
+    assert re.search(r"not finite at step 7; base loss in this batch: .*\w+ [\d.]+.*checkpoint is .*checkpoint.pt", str(stopped.value))
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 5
+    monkeypatch.undo()
+    assert cm.main(["--resume", "--out", str(out)]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors: one line, status 2, nothing changed
+
+
+def snapshot(root):
+    return {p: p.stat().st_mtime_ns for p in sorted(Path(root).rglob("*"))}
+
+
+BAD = {  # name: (arguments, what the line must say); {d} is a directory with the things that `bad` makes
+    "unknown data set": ("--dataset mnist", "invalid choice: 'mnist'"),
+    "unknown flag": ("--stepz 3", "unrecognized arguments: --stepz"),
+    "not a number": ("--steps many", "invalid int value: 'many'"),
+    "missing folder": ("--dataset folder --data {d}/none", "not a directory"),
+    "folder without data": ("--dataset folder", "needs --data"),
+    "empty folder": ("--dataset folder --data {d}/empty", "no class folders"),
+    "a class without images": ("--dataset folder --data {d}/hollow --preset small", "no valid file for the classes b"),
+    "one class": ("--dataset folder --data {d}/one --preset small", "one class only"),
+    "broken image": ("--dataset folder --data {d}/broken --preset small", "broken/b/x.png can't be read"),
+    "truncated idx": ("--dataset fashion --data {d}/short", "not a whole idx file"),
+    "half a set": ("--dataset fashion --data {d}/half", "lacks train-labels-idx1-ubyte"),
+    "no set, no network": ("--dataset fashion --data {d}/empty", "--data"),
+    "no cifar, no network": ("--dataset cifar10 --data {d}/empty", "--data"),
+    "IR below 1": ("--ir 0.5", "--ir is 0.5"),
+    "IR not a number": ("--ir nan", "--ir is nan"),
+    "IR that empties a class": ("--ir 5000", "smallest class empty"),
+    "rank ratio 0": ("--rank-ratio 0", "--rank-ratio is 0"),
+    "rank ratio over 1": ("--rank-ratio 1.5", "--rank-ratio is 1.5"),
+    "rank ratio that reserves nothing": ("--rank-ratio 0.01", "reserves nothing"),
+    "negative margin": ("--div-margin -1", "--div-margin is -1"),
+    "negative lambda": ("--lam -1", "--lam is -1"),
+    "steps 0": ("--steps 0", "--steps is 0"),
+    "dropout 1": ("--dropout 1", "--dropout is 1"),
+    "size off the stride": ("--image-size 18", "--image-size is 18"),
+    "size that doesn't divide 32": ("--dataset fashion --data {d}/short --image-size 12", ""),
+    "width off GroupNorm": ("--channels 10", "divisible"),
+    "amp without a GPU": ("--amp bf16 --device cpu", "needs a GPU"),
+    "unknown device": ("--device abacus", "--device abacus"),
+    "run directory in use": ("--out {d}/run", "is in use"),
+    "run directory is a file": ("--out {d}/file", "beneath, a file"),
+    "run directory beneath a file": ("--out {d}/file/run", "beneath, a file"),
+    "resume of nothing": ("--out {d}/none --resume", "no run to resume"),
+    "resume of a foreign directory": ("--out {d}/empty --resume", "no run to resume"),
+    "resume with another option": ("--out {d}/run --resume --lr 0.5", "made with --lr"),
+    "resume and overwrite": ("--out {d}/run --resume --overwrite", "--overwrite"),
+    "resume to fewer steps": ("--out {d}/run --resume --steps 3", "at step 12 already"),
+    "resume of a truncated checkpoint": ("--out {d}/cut --resume", "truncated"),
+    "resume of a differently configured checkpoint": ("--out {d}/other --resume", "another --"),
+    "resume of another network": ("--out {d}/network --resume", "another network"),
+    "resume of a broken config": ("--out {d}/config --resume", "not a configuration"),
+    "sample of nothing": ("--sample {d}/none.pt", "No such file"),
+    "sample of a foreign file": ("--sample {d}/file", "can't be loaded"),
+    "sample of merged weights": ("--sample {d}/run/merged.pt", "not a checkpoint.pt"),
+    "sample of a truncated checkpoint": ("--sample {d}/cut/checkpoint.pt", "truncated"),
+    "label out of range": ("--sample {d}/run/checkpoint.pt --labels 3 10", "--labels 10 is out of range"),
+    "too many sampler steps": ("--sample {d}/run/checkpoint.pt --sample-steps 1001", "--sample-steps is 1001"),
+    "no images": ("--sample {d}/run/checkpoint.pt --num-images 0", "--num-images is 0"),
+    "samples into nowhere": ("--sample {d}/run/checkpoint.pt --out {d}/none/s.npz", "not a directory"),
+    "samples not npz": ("--sample {d}/run/checkpoint.pt --out {d}/s.png", ".npz"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(finished, tmp_path_factory):
+    import shutil
+    d = tmp_path_factory.mktemp("bad")
+    (d / "empty").mkdir()
+    (d / "file").write_text("not a checkpoint")
+    make_tree(d / "one", {"only": 2})
+    make_tree(d / "hollow", {"a": 2, "b": 0})
+    make_tree(d / "broken", {"a": 2, "b": 0})
+    (d / "broken" / "b" / "x.png").write_bytes(b"\x89PNG no more")
+    for name in ("short", "half"):
+        (d / name).mkdir()
+        write_idx(d / name / "train-images-idx3-ubyte", np.zeros((10, 28, 28), np.uint8), False)
+    write_idx(d / "short" / "train-labels-idx1-ubyte", np.zeros(10, np.uint8), False)
+    raw = (d / "short" / "train-images-idx3-ubyte").read_bytes()
+    (d / "short" / "train-images-idx3-ubyte").write_bytes(raw[:-5])
+    for name in ("run", "cut", "other", "network", "config"):
+        shutil.copytree(finished[0], d / name)
+    raw = (d / "cut" / "checkpoint.pt").read_bytes()
+    (d / "cut" / "checkpoint.pt").write_bytes(raw[: len(raw) // 2])
+    config = json.loads((d / "other" / "config.json").read_text())
+    config["options"]["lam"] = 0.5
+    (d / "other" / "config.json").write_text(json.dumps(config))
+    (d / "config" / "config.json").write_text("{")
+    state = torch.load(d / "network" / "checkpoint.pt", weights_only=True)
+    del state["model"]["decoder.0.block1.2.B"]
+    torch.save(state, d / "network" / "checkpoint.pt")
+    return d
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_status_2_and_changes_nothing(name, bad, tmp_path, monkeypatch, capfd):
+    arguments, says = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(bad)
+    with pytest.raises(SystemExit) as stopped:
+        cm.main(arguments.format(d=bad).split())
+    err = capfd.readouterr().err
+    lines = [line for line in err.splitlines() if line and "decoding" not in line]
+    assert stopped.value.code == 2 and len(lines) == 1 and says in lines[0] and "Traceback" not in err, err
+    assert snapshot(bad) == before and not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cm.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for name, field in cm.Config.__dataclass_fields__.items():
+        assert re.search(rf"--{name.replace('_', '-')}\b", text), name
+    assert "paper 300,000" in text and "Sec. G.1" in text and "[default: 0.1]" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a GPU alone can run
+
+
+@gpu
+def test_gpu_masks_are_replayed():
+    unet = tiny_unet(perturb=False, dropout=0.5).cuda()
+    losses = cm.CapacityManipulation(unet, [40, 9, 4, 1], config()).cuda()
+    assert losses(*(v.cuda() for v in (*batch(), batch()[1])))[3].max() == 0
+
+
+@gpu
+@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--amp", "off"], ["--compile"], []])
+def test_gpu_trains_and_resumes(tmp_path, flags):
+    out = ["--out", str(tmp_path / "r"), *TINY_FLAGS, *flags]
+    assert cm.main(["--steps", "6", *out]) == 0 and cm.main(["--steps", "12", "--resume", *out]) == 0
+    last = list(csv.DictReader(open(tmp_path / "r" / "log.csv")))[-1]
+    assert last["step"] == "12" and math.isfinite(float(last["loss"]))
+
+
+@gpu
+def test_gpu_compiled_masks_are_replayed():
+    unet = tiny_unet(perturb=False, dropout=0.5).cuda()
+    losses = cm.CapacityManipulation(unet, [40, 9, 4, 1], config(compile=True)).cuda()
+    assert losses(*(v.cuda() for v in (*batch(), batch()[1])))[3].max() == 0
+
+
+@gpu
+def test_gpu_small_ba_survives_autocast():
+    layer = cm.reserve_capacity(nn.Linear(32, 32, bias=False), 0.1).cuda()
+    layer.layer.weight.data.fill_(1.0)
+    layer.B.data.fill_(1e-2)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert layer.weight.dtype == torch.float32
+        assert torch.allclose(layer.weight - 1, layer.B @ layer.A.float(), atol=1e-3) and (layer.weight != 1).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README
+
+
+def test_readme_links_lead_to_the_equations():
+    lines = (HERE / "cm.py").read_text().splitlines()
+    links = re.findall(r"\[[^\]]*Eq\. \((\d)\)[^\]]*\]\(cm\.py#L(\d+)\)", (HERE / "README.md").read_text())
+    assert {n for n, _ in links} == {"1", "2", "3", "4"}
+    for n, line in links:
+        assert f"Eq. ({n})" in lines[int(line) - 1], (n, line)
+
+
+def test_readme_names_every_flag_it_shows():
+    flags = {"--" + f.replace("_", "-") for f in cm.Config.__dataclass_fields__}
+    shown = set(re.findall(r"python cm\.py[^\n`|]*", (HERE / "README.md").read_text()))
+    for line in shown:
+        for flag in re.findall(r"--[a-z][a-z-]*", line):
+            assert flag in flags, line
