@@ -219,7 +219,7 @@ def test_paper_network_has_the_papers_size_and_the_step_costs_1_73():
 
 @pytest.mark.parametrize("channels, size", [(1, 8), (3, 16), (3, 12)])
 def test_network_takes_any_size_on_its_stride_labels_or_none_and_an_extra_embedding(channels, size):
-    unet = cm.UNet(None, channels, size, 8, (1, 2, 2), 1, ())
+    unet = cm.UNet(None, channels, size, 8, (1, 2, 2), 1, ()).eval()
     for p in unet.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     x, t = torch.randn(2, channels, size, size), torch.tensor([3, 900])
