@@ -287,11 +287,17 @@ def read_fashion(root, train):
 
 
 def fetch(dataset, root, train):
+    """A torchvision data set, downloaded if need be. Raises ValueError, leaving no empty folders, where it can't."""
+    folders = [root / dataset.__name__ / "raw", root / dataset.__name__, root]
+    new = [d for d in folders if not d.exists()]
     try:
         return dataset(root, train=train, download=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
+        for d in new:
+            if d.is_dir() and not any(d.iterdir()):
+                d.rmdir()
         raise ValueError(f"{dataset.__name__} is neither whole in {root} nor could it be fetched "
-                         f"({' '.join(str(e).split()) or type(e).__name__}); name the directory that holds it with --data") from None
+                         f"({' '.join(str(e).split()) or type(e).__name__}); --data names the directory that holds it") from None
 
 
 def read_folder(root, size, train):
@@ -305,6 +311,8 @@ def read_folder(root, size, train):
     names = sorted(d.name for d in tree.iterdir() if d.is_dir() and not (tree == root and d.name == "val"))
     if not names:
         raise ValueError(f"{tree} holds no class folders; it must hold one folder of images a class")
+    if len(names) < 2:
+        raise ValueError(f"{tree} holds one class only ({names[0]}); class imbalance needs at least two")
     if not train:
         tree = root / "val"
     folder = torchvision.datasets.folder
@@ -378,8 +386,6 @@ class Data:
 
     def __init__(self, c, device="cpu"):
         images, labels, self.names = load_dataset(c.dataset, c.data, c.image_size)
-        if len(self.names) < 2:
-            raise ValueError(f"there is one class only ({self.names[0]}); class imbalance needs at least two")
         index = long_tail_indices(labels, c.ir)
         index = index[np.argsort(labels[index], kind="stable")]
         chw = lambda a: torch.from_numpy(np.ascontiguousarray(a)).permute(0, 3, 1, 2).contiguous().to(device)
@@ -514,7 +520,8 @@ class UNet(nn.Module):
             raise ValueError(f"images of {x_t.shape[2]}x{x_t.shape[3]} don't fit the network's stride, {self.stride}")
         half = torch.arange(self.channels // 2, device=t.device)
         angle = t[:, None].float() * torch.exp(-math.log(10_000.0) / (self.channels // 2) * half)
-        emb = self.time_embedding(torch.cat([angle.sin(), angle.cos()], 1))  # [B, 4 * channels]
+        emb = torch.cat([angle.sin(), angle.cos()], 1).to(self.time_embedding[0].weight.dtype)
+        emb = self.time_embedding(emb)  # [B, 4 * channels]
         if y is not None and self.label_embedding is not None:
             emb = emb + self.label_embedding(y.clamp(min=0)) * (y >= 0)[:, None]  # a dropped label adds nothing
         if extra_emb is not None:

@@ -367,7 +367,9 @@ def test_balanced_data_gives_no_capacity_loss():
 def test_gradients_of_the_capacity_loss_against_an_independent_writing(terms):
     """float64, tiny network, B != 0: two plain networks W_g + BA and W_g, the chain rule to A and B by hand."""
     unet, (x0, y, t, eps) = tiny_unet(dtype=torch.float64), batch(dtype=torch.float64)
-    counts, margin, lam = torch.tensor([50, 20, 5, 1]), 0.02, 1.5
+    counts, lam = torch.tensor([50, 20, 5, 1]), 1.5
+    free = cm.CapacityManipulation(unet, counts, config()).double()(x0, y, t, eps, y)[3]
+    margin = float(free[2:4].mean())  # between the d of the two minority samples: one is clamped, one isn't
     losses = cm.CapacityManipulation(unet, counts, config(div_margin=margin, lam=lam, **terms)).double()
     losses(x0, y, t, eps, y)[0].backward()
 
@@ -804,7 +806,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def snapshot(root):
-    return {p: p.stat().st_mtime_ns for p in sorted(Path(root).rglob("*"))}
+    return {p: None if p.is_dir() else (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(Path(root).rglob("*"))}
 
 
 BAD = {  # name: (arguments, what the line must say); {d} is a directory with the things that `bad` makes
@@ -963,7 +965,7 @@ def test_readme_links_lead_to_the_equations():
 
 
 def test_readme_names_every_flag_it_shows():
-    flags = {"--" + f.replace("_", "-") for f in cm.Config.__dataclass_fields__}
+    flags = {"--" + f.replace("_", "-") for f in cm.Config.__dataclass_fields__} | {"--help"}
     shown = set(re.findall(r"python cm\.py[^\n`|]*", (HERE / "README.md").read_text()))
     for line in shown:
         for flag in re.findall(r"--[a-z][a-z-]*", line):
