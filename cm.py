@@ -46,10 +46,10 @@ T = 1000  # diffusion steps (Sec. G.1)
 # Options: one field, one flag. `None` means "the preset's value".
 
 PRESETS = {
-    "paper": dict(image_size=32, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), batch_size=64,
+    "paper": dict(image_size=32, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1, batch_size=64,
                   steps=300_000, lr=2e-4, warmup=5000, base="oc", log_every=500, checkpoint_every=5000),
-    "small": dict(image_size=16, channels=16, multipliers=(1, 2, 2), blocks=2, attention=(4,), batch_size=32,
-                  steps=1500, lr=1e-3, warmup=None, base="ddpm", log_every=50, checkpoint_every=500),
+    "small": dict(image_size=16, channels=16, multipliers=(1, 2, 2), blocks=1, attention=(), dropout=0.0, batch_size=32,
+                  steps=3800, lr=3e-3, warmup=None, base="ddpm", log_every=50, checkpoint_every=500),
 }
 DATASETS = {"shapes": "small", "fashion": "small", "cifar10": "paper", "cifar100": "paper", "folder": "paper"}
 
@@ -77,8 +77,8 @@ class Config:
     channels: int = option("network", None, "width of the first level")
     multipliers: tuple = option("network", None, "width multiplier of each level (Fig. 4d)", type=int)
     blocks: int = option("network", None, "residual blocks a level")
-    attention: tuple = option("network", None, "resolutions with attention, besides the middle", type=int)
-    dropout: float = option("network", 0.1, "dropout rate (Sec. G.1)")
+    attention: tuple = option("network", None, "resolutions with attention, besides the middle", type=int, nargs="*")
+    dropout: float = option("network", None, "dropout rate (Sec. G.1)")
     unconditional: bool = option("network", False, "no labels in the network; the loss still weighs by class")
 
     no_cm: bool = option("method", False, "the plain network: no reservation, base loss only")
@@ -204,7 +204,7 @@ def splits(counts):
     return {"Many": order[:third], "Medium": order[third:2 * third], "Few": order[2 * third:]}
 
 
-SHAPES = ("disc", "square", "triangle", "ring", "cross", "star", "crescent", "heart", "bar", "frame")
+SHAPES = ("disc", "ring", "bar", "square", "triangle", "cross", "crescent", "heart", "star", "frame")
 
 
 def signed_distance(shape, x, y):
@@ -245,8 +245,8 @@ def draw_shapes(per_class, size, seed):
     rng, images = np.random.RandomState(seed), []
     grid = (np.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
     for shape in SHAPES:
-        radius = rng.uniform(0.5, 0.8, (per_class, 1, 1))
-        cx, cy = rng.uniform(-1, 1, (2, per_class, 1, 1)) * (0.9 - radius)
+        radius = rng.uniform(0.6, 0.85, (per_class, 1, 1))
+        cx, cy = rng.uniform(-1, 1, (2, per_class, 1, 1)) * (0.95 - radius)
         angle = rng.uniform(0, 2 * np.pi, (per_class, 1, 1))
         u, v = (grid[None, None, :] - cx) / radius, (grid[None, :, None] - cy) / radius
         x, y = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
@@ -436,7 +436,8 @@ def linear(cin, cout):
 
 
 def norm(channels):
-    return nn.GroupNorm(min(32, max(1, channels // 4)), channels)
+    """32 groups as in the base code; one where channels are few: groups of four hide an image's mean from the network."""
+    return nn.GroupNorm(32 if channels >= 128 else 1, channels)
 
 
 class Attention(nn.Module):
@@ -734,9 +735,7 @@ class CapacityManipulation(nn.Module):
         """x0, eps [B, C, H, W]; y, t [B]; y_in [B], y with -1 where the label is dropped.
         -> total loss (scalar), base loss [B], L_CM [B], d [B]."""
         c = self.c
-        x_t = add_noise(x0, t, eps, self.alpha_bar)
-        if x_t.is_cuda:
-            x_t = x_t.to(memory_format=torch.channels_last)
+        x_t = add_noise(x0, t, eps, self.alpha_bar).contiguous(memory_format=torch.channels_last)
         target = oc_target(x0, x_t, t, y, eps, self.counts, self.alpha_bar) if c.base == "oc" else eps
         if c.base == "cbdm":
             prior = torch.ones_like(self.omega_con) if c.cbdm_prior == "uniform" else self.counts.float()
@@ -930,9 +929,7 @@ def train(c, typed=frozenset()):
         dist.barrier()
 
     torch.manual_seed(c.seed)
-    unet = make_unet(c, len(data.names), data.images.shape[1]).to(device)
-    if device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
+    unet = make_unet(c, len(data.names), data.images.shape[1]).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
     losses = CapacityManipulation(unet, data.counts, c).to(device)
     model = nn.parallel.DistributedDataParallel(losses) if world > 1 else losses
@@ -1266,7 +1263,7 @@ def parse(argv):
         else:
             extra.setdefault("type", field.type)
             if field.type is tuple:
-                extra["nargs"] = "+"
+                extra.setdefault("nargs", "+")
             if "choices" not in extra:
                 extra.setdefault("metavar", {int: "N", float: "X", str: "S"}[extra["type"]])
         groups[group].add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **extra)

@@ -21,6 +21,7 @@ import torchvision
 from torch import nn
 
 import cm
+import theory
 
 HERE = Path(__file__).parent
 TINY = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(), image_size=8, batch_size=8)
@@ -950,6 +951,153 @@ def test_gpu_small_ba_survives_autocast():
     with torch.autocast("cuda", torch.bfloat16):
         assert layer.weight.dtype == torch.float32
         assert torch.allclose(layer.weight - 1, layer.B @ layer.A.float(), atol=1e-3) and (layer.weight != 1).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# theory.py
+
+TRIALS = 20_000
+CORRECT = {
+    "F.7": lambda n1, n2, s, c: float(theory.pi_maj(n1 / (n1 + n2), n1 + n2, 1.0, s, c)),
+    "F.15": lambda n1, n2, s, c: float(theory.pi_maj_multi((n1, n2), theory.two_means(1.0, c, 4), s)),
+    "F.16": lambda n1, n2, s, c: float(theory.pi_maj_multi_simple(n1, n2, n1 + n2, 1.0, s, c)),
+    "exact at alpha 0": lambda n1, n2, s, c: float(theory.pi_maj_exact(0.0, n1, n2, 1.0, s, c)),
+    "tight at alpha 0": lambda n1, n2, s, c: float(theory.pi_maj_tight(0.0, n1, n2, 1.0, s, c)),
+}
+WRONG = {
+    "factor 2 dropped": lambda n1, n2, s, c: float(theory.ndtr((2 * n1 / (n1 + n2) - 1) * math.sqrt((n1 + n2) * (1 - c)) / (2 * s))),
+    "a and 1 - a swapped": lambda n1, n2, s, c: float(theory.pi_maj(n2 / (n1 + n2), n1 + n2, 1.0, s, c)),
+    "N_2 for N": lambda n1, n2, s, c: float(theory.pi_maj(n1 / (n1 + n2), n2, 1.0, s, c)),
+}
+
+
+def agrees(formula, n1=45, n2=5, sigma=6.0, cos=0.2):
+    estimate, _ = theory.simulate_pi_maj(n1, n2, 1.0, sigma, cos, dim=4, trials=TRIALS, seed=0)
+    p = formula(n1, n2, sigma, cos)
+    return abs(estimate - p) < 4 * theory.standard_error(p, TRIALS)
+
+
+@pytest.mark.parametrize("name", CORRECT)
+def test_theory_closed_forms_agree_with_the_simulation(name):
+    assert agrees(CORRECT[name]) and agrees(CORRECT[name], 20, 20, 3.0, -1.0)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_theory_wrong_formulas_are_rejected_by_the_same_check(name):
+    assert not agrees(WRONG[name])
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.6, 1.0])
+def test_theory_exact_value_of_theorem_3_1_against_an_independent_simulation(alpha):
+    """Written anew: one loop, float64, Assumption F.2 as printed."""
+    n1, n2, mu, sigma, cos = 18, 3, 2.0, 5.0, 0.3
+    rng, m1 = np.random.default_rng(5), np.array([mu, 0, 0])
+    m2 = mu * np.array([cos, 0, -math.sqrt(1 - cos**2)])
+    g1, g2 = m1 + sigma * rng.standard_normal((TRIALS, n1, 3)), m2 + sigma * rng.standard_normal((TRIALS, n2, 3))
+    w_g, w_e = g1.sum(1) + g2.sum(1), g2.sum(1)
+    update = w_g / np.linalg.norm(n1 * m1 + n2 * m2) + alpha * w_e / np.linalg.norm(n2 * m2)
+    share, p = (update @ (m1 - m2) > 0).mean(), float(theory.pi_maj_exact(alpha, n1, n2, mu, sigma, cos))
+    assert abs(share - p) < 4 * theory.standard_error(p, TRIALS)
+    assert abs(theory.simulate_pi_maj(n1, n2, mu, sigma, cos, alpha, 3, TRIALS)[0] - p) < 4 * theory.standard_error(p, TRIALS)
+    if alpha > 0.5:  # alpha must matter, or a formula without it would pass
+        assert abs(share - theory.pi_maj_exact(0.0, n1, n2, mu, sigma, cos)) > 4 * theory.standard_error(p, TRIALS)
+
+
+def test_theory_hand_worked_values():
+    assert theory.pi_maj(0.5, 100, 1, 3, 0.2) == 0.5 and theory.pi_maj_exact(0, 7, 7, 1, 3, 0.2) == 0.5
+    assert math.isclose(theory.pi_maj(0.75, 8, 1, 1, 0), 0.5 * (1 + math.erf(1.0 / math.sqrt(2))))  # argument 0.5 * 4 / 2 = 1
+    assert math.isclose(theory.pi_maj_bound(0.5, 8, 1, 1, 0), 0.5 * (1 + math.erf(1.0 / math.sqrt(2))))
+    assert theory.pi_maj_bound(1, 50, 1, 1, 0) == 0.5 == theory.pi_maj_middle(1, 50, 5, 1, 1, 0)
+    assert theory.pi_maj_exact(1, 45, 5, 1, 1, 0) <= 0.5 and theory.pi_maj_tight(1, 45, 5, 1, 1, 0) == 0.5
+    # (F.14) middle at alpha = 1/2, N = 8, N_2 = 2, cos = 0: 0.5 / sqrt(2 (1/8 + 1/8)) = 1/sqrt(2)
+    assert math.isclose(theory.pi_maj_middle(0.5, 8, 2, 1, 1, 0), theory.ndtr(1 / math.sqrt(2)))
+    # exact at N_1 = 4, N_2 = 3, cos = 0: kappa = 5; alpha = 0.6: D - 3 = -2; N + 6 + 9/3 = 16; s = 1/sqrt(2)
+    assert math.isclose(theory.pi_maj_exact(0.6, 4, 3, 1, 1, 0), theory.ndtr(-2 / math.sqrt(2) / 4))
+    means, counts = theory.two_means(1.5, -0.4, 6), (30, 4)
+    assert math.isclose(theory.pi_maj_multi(counts, means, 7.0), theory.pi_maj(30 / 34, 34, 1.5, 7.0, -0.4))
+    for alpha in (0, 0.4, 1):
+        assert math.isclose(theory.pi_maj_multi_exact(alpha, counts, means, 7.0), theory.pi_maj_exact(alpha, 30, 4, 1.5, 7.0, -0.4))
+        assert theory.pi_maj_multi_bound(alpha, 34, 1.5, 7.0, -0.4) == theory.pi_maj_bound(alpha, 34, 1.5, 7.0, -0.4)
+
+
+def test_theory_ladder_on_random_settings():
+    settings = theory.random_settings(10_000, 3)
+    exact, tight, middle, last = theory.ladder(**settings)
+    assert (exact <= tight + 1e-12).all() and (tight <= last + 1e-12).all() and (middle <= last + 1e-12).all()
+    assert (tight < last - 1e-3).mean() > 0.1 and (exact < tight - 1e-3).mean() > 0.05  # each step is a real one
+    zero = theory.ladder(**(settings | dict(alpha=0.0)))
+    a = settings["n1"] / (settings["n1"] + settings["n2"])
+    expected = theory.pi_maj(a, settings["n1"] + settings["n2"], settings["mu"], settings["sigma"], settings["cos"])
+    assert np.allclose(zero[0], expected) and np.allclose(zero[1], expected)
+
+
+def test_theory_multi_class_with_orthogonal_and_general_means_and_the_counterexample():
+    counts, means = (12, 7, 3), theory.orthogonal_means(3, 1.0, 5)
+    assert math.isclose(theory.pi_maj_multi(counts, means, 4.0), theory.pi_maj_multi_simple(12, 3, 22, 1.0, 4.0, 0.0))
+    general = np.array([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0.6, -0.8]])
+    exact, simple = theory.pi_maj_multi(counts, general, 4.0), theory.pi_maj_multi_simple(12, 3, 22, 1.0, 4.0, 0.0)
+    estimate = theory.simulate(counts, general, 4.0, trials=TRIALS)
+    assert abs(estimate - exact) < 4 * theory.standard_error(exact, TRIALS) < abs(estimate - simple)  # the cross term matters
+    for alpha in (0.5, 1.0):
+        exact = theory.pi_maj_multi_exact(alpha, counts, general, 4.0)
+        assert abs(theory.simulate(counts, general, 4.0, alpha, TRIALS) - exact) < 4 * theory.standard_error(exact, TRIALS)
+    c = theory.COUNTEREXAMPLE
+    means = theory.counterexample_means(c["mu"], c["cos"], 2)
+    argument = lambda p: math.sqrt(2) * __import__("scipy.special").special.erfinv(2 * p - 1)
+    assert abs(argument(theory.pi_maj_multi_exact(0.0, c["counts"], means, c["sigma"])) - 2.73) < 0.005
+    assert abs(argument(theory.pi_maj_multi_bound(0.0, 2000, c["mu"], c["sigma"], c["cos"])) - 1.00) < 0.005
+    assert np.allclose(np.linalg.norm(means, axis=1), 1) and math.isclose(means[0] @ means[2], 0.9)
+
+
+def test_theory_estimate_depends_neither_on_dimension_nor_on_blocks():
+    p, means = float(theory.pi_maj(0.8, 10, 1, 3, 0.3)), lambda dim: theory.two_means(1, 0.3, dim)
+    estimates = [theory.simulate((8, 2), means(dim), 3.0, trials=TRIALS, seed=dim) for dim in (2, 8, 64)]
+    estimates += [theory.simulate((8, 2), means(8), 3.0, trials=TRIALS, seed=9, block=b) for b in (7, 1000, 50_000)]
+    assert all(abs(e - p) < 4 * theory.standard_error(p, TRIALS) for e in estimates) and len(set(estimates)) > 3
+    assert theory.simulate((8, 2), means(8), 3.0, trials=999, seed=4) == theory.simulate((8, 2), means(8), 3.0, trials=999, seed=4)
+
+
+def test_theory_arrays_broadcast():
+    a, n = np.array([0.6, 0.9])[:, None], np.array([10, 100, 1000])
+    grid = theory.pi_maj(a, n, 1, 5, 0)
+    assert grid.shape == (2, 3) and grid[1, 2] == theory.pi_maj(0.9, 1000, 1, 5, 0)
+    assert theory.pi_maj_exact(np.linspace(0, 1, 4)[:, None], n, 1, 1, 5, 0).shape == (4, 3)
+    assert theory.pi_maj_tight(0.5, n, 1, 1, 5, 0).shape == theory.pi_maj_bound(0.5, n, 1, 5, 0).shape == (3,)
+
+
+@pytest.mark.parametrize("name, call", [
+    ("n ", lambda: theory.pi_maj(0.9, 0, 1, 1, 0)), ("sigma", lambda: theory.pi_maj(0.9, 10, 1, 0, 0)),
+    ("mu", lambda: theory.pi_maj(0.9, 10, -1, 1, 0)), ("cos", lambda: theory.pi_maj(0.9, 10, 1, 1, 1.0)),
+    ("cos", lambda: theory.pi_maj(0.9, 10, 1, 1, [0, -1.1])), ("a ", lambda: theory.pi_maj(1.1, 10, 1, 1, 0)),
+    ("alpha", lambda: theory.pi_maj_bound(-0.1, 10, 1, 1, 0)), ("alpha", lambda: theory.pi_maj_exact(1.1, 10, 1, 1, 1, 0)),
+    ("n2", lambda: theory.pi_maj_exact(0.5, 10, 0, 1, 1, 0)), ("n1", lambda: theory.pi_maj_tight(0.5, 1, 2, 1, 1, 0)),
+    ("cos", lambda: theory.pi_maj_exact(0.5, 10, 10, 1, 1, -1)), ("cos", lambda: theory.simulate_pi_maj(9, 9, 1, 1, -1, 0.5)),
+    ("dim", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, dim=1)), ("dim", lambda: theory.orthogonal_means(5, 1, 4)),
+    ("trials", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, trials=0)), ("sigma", lambda: theory.simulate_pi_maj(9, 1, 1, math.nan, 0)),
+    ("means", lambda: theory.pi_maj_multi((3, 2), np.array([[1.0, 0], [2.0, 0]]), 1)),
+    ("means", lambda: theory.pi_maj_multi((3, 2, 1), np.eye(2), 1)), ("counts", lambda: theory.pi_maj_multi((3, 0), np.eye(2), 1)),
+])
+def test_theory_nonsense_is_a_value_error_that_names_the_parameter(name, call):
+    with pytest.raises(ValueError, match=f"^{name}"):
+        call()
+
+
+def test_theory_command_line(tmp_path, capsys):
+    assert theory.main(["--trials", "2000", "--plot", str(tmp_path / "p")]) == 0
+    out = capsys.readouterr().out
+    assert "everything holds" in out and "VIOLATED" in out and "bare cost" in out
+    assert {p.name for p in (tmp_path / "p").iterdir()} == {"pi_maj.png", "bounds.png"}
+    (tmp_path / "file").write_text("")
+    for bad, says in ((["--trials", "0"], "trials is 0"), (["--trials", "x"], "invalid int"), (["--plot", str(tmp_path / "file")], "a file")):
+        with pytest.raises(SystemExit) as stopped:
+            theory.main(bad)
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and says in err and len(err.splitlines()) == 1
+
+
+def test_theory_exits_with_1_where_a_formula_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(theory, "pi_maj", lambda a, n, mu, sigma, cos: theory.ndtr((2 * a - 1) * mu * np.sqrt(n * (1 - cos)) / (2 * sigma)))
+    assert theory.main(["--trials", "2000"]) == 1 and "FAILS" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
