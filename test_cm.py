@@ -1034,7 +1034,7 @@ def test_theory_ladder_on_random_settings():
 def test_theory_multi_class_with_orthogonal_and_general_means_and_the_counterexample():
     counts, means = (12, 7, 3), theory.orthogonal_means(3, 1.0, 5)
     assert math.isclose(theory.pi_maj_multi(counts, means, 4.0), theory.pi_maj_multi_simple(12, 3, 22, 1.0, 4.0, 0.0))
-    general = np.array([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0.6, -0.8]])
+    general = np.array([[1.0, 0, 0], [0.8, -0.6, 0], [0, 0.6, -0.8]])
     exact, simple = theory.pi_maj_multi(counts, general, 4.0), theory.pi_maj_multi_simple(12, 3, 22, 1.0, 4.0, 0.0)
     estimate = theory.simulate(counts, general, 4.0, trials=TRIALS)
     assert abs(estimate - exact) < 4 * theory.standard_error(exact, TRIALS) < abs(estimate - simple)  # the cross term matters
@@ -1098,6 +1098,51 @@ def test_theory_command_line(tmp_path, capsys):
 def test_theory_exits_with_1_where_a_formula_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(theory, "pi_maj", lambda a, n, mu, sigma, cos: theory.ndtr((2 * a - 1) * mu * np.sqrt(n * (1 - cos)) / (2 * sigma)))
     assert theory.main(["--trials", "2000"]) == 1 and "FAILS" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# experiments/assumptions.py
+
+
+def test_assumptions_end_to_end(tmp_path, capsys):
+    from experiments import assumptions
+    assumptions.main(["--trials", "4000", "--repeats", "2", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    rows = list(csv.DictReader(open(tmp_path / "experiments" / "results" / "assumptions.csv")))
+    assert len(rows) == 2 * len(assumptions.violations()) and (tmp_path / "assets" / "alpha_r.png").is_file()
+    for r in rows:  # nothing broken: the formula holds; one cell written anew: unequal norms have their own closed form
+        if r["assumption broken"] == "none broken":
+            assert abs(float(r["difference in s.e."])) < 4
+        if r["assumption broken"] == "‖μ_1‖ = 2 ‖μ_2‖" and float(r["alpha"]) == 0:
+            m1, m2 = 4 / 3, 2 / 3
+            p = theory.ndtr((90 * m1**2 - 10 * m2**2) / (8 * math.sqrt(100 * (m1**2 + m2**2))))
+            assert abs(float(r["simulated"]) - p) < 4 * theory.standard_error(p, 4000)
+    assert "LoRA's start, B = 0: 0 at rank 0 yes, grows yes, 1 at full rank NO (0.33)" in out
+
+
+def test_assumptions_noise_has_unit_variance():
+    from experiments import assumptions
+    rng, v = np.random.default_rng(0), np.eye(8)[0] - np.eye(8)[1]
+    for factor in (4.0, 0.25):
+        g = assumptions.stretched(v, factor)(rng, (200, 500, 8))
+        along = (g @ v / math.sqrt(2)).var()
+        assert abs(g.var() - 1) < 0.02 and abs(along / ((8 * g.var() - along) / 7) - factor) < 0.05 * factor
+    g = assumptions.correlated(0.1)(rng, (4000, 50, 2))
+    assert abs(g.var() - 1) < 0.02 and abs((g[:, 0] * g[:, 1]).mean() - 0.1) < 0.03
+
+
+def test_tangent_share_against_a_basis_of_the_tangent_space():
+    """The share by least squares on the Jacobian of (B, A) -> BA."""
+    from experiments import assumptions
+    rng = np.random.default_rng(1)
+    for d, k, r in ((4, 6, 2), (5, 3, 1), (4, 4, 4)):
+        b, a, g = rng.standard_normal((d, r)), rng.standard_normal((r, k)), rng.standard_normal((d, k))
+        columns = [np.outer(np.eye(d)[i], a[j]).ravel() for i in range(d) for j in range(r)]
+        columns += [np.outer(b[:, j], np.eye(k)[i]).ravel() for j in range(r) for i in range(k)]
+        jacobian = np.array(columns).T
+        inside = jacobian @ np.linalg.lstsq(jacobian, g.ravel(), rcond=None)[0]
+        assert math.isclose(assumptions.tangent_share(g, b, a), (inside**2).sum() / (g**2).sum(), rel_tol=1e-9)
+    assert assumptions.tangent_share(g, np.zeros((4, 0)), np.zeros((0, 4))) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -400,6 +400,9 @@ def draw(points, trials, directory):
         axis.errorbar(values, points[name], 2 * standard_error(np.array([closed(s) for s in settings]), trials), fmt="o", ms=4,
                       color="C1", capsize=3, label="simulated, ±2 s.e.")
         axis.set(xlabel=label, ylabel="Π_maj", ylim=(0.48, 1.02), xscale="log" if name in ("sigma", "n") else "linear")
+        if name in ("sigma", "n"):
+            axis.set_xticks(values, [f"{v:g}" for v in values])
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=9)
     figure.savefig(directory / "pi_maj.png", dpi=130)
