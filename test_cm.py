@@ -21,6 +21,7 @@ import torchvision
 from torch import nn
 
 import cm
+import fid
 import theory
 
 HERE = Path(__file__).parent
@@ -951,6 +952,216 @@ def test_gpu_small_ba_survives_autocast():
     with torch.autocast("cuda", torch.bfloat16):
         assert layer.weight.dtype == torch.float32
         assert torch.allclose(layer.weight - 1, layer.B @ layer.A.float(), atol=1e-3) and (layer.weight != 1).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fid.py
+
+
+def feature_sets(n=400, m=300, d=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=g)
+    return torch.randn(n, d, generator=g) @ mix, torch.randn(m, d, generator=g) @ mix * 1.1 + 0.3
+
+
+@pytest.fixture(scope="module")
+def both_inceptions(tmp_path_factory):
+    """torch-fidelity's Inception and ours with the same random weights, and the weights' file."""
+    peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.manual_seed(0)
+    ours = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
+    for m in ours.modules():  # activations of every scale, so that a missed detail shows
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+            m.weight.data.uniform_(0.7, 1.3)
+            m.bias.data.normal_(0, 0.1)
+    file = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(ours.state_dict(), file)
+    names = ["2048", "logits_unbiased"]
+    return peer.FeatureExtractorInceptionV3("i", names, feature_extractor_weights_path=str(file)), fid.inception(file), file
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (299, 299), (310, 64)])
+def test_fid_inception_features_equal_torch_fidelitys(both_inceptions, size):
+    peer, ours, _ = both_inceptions
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        for a, b in zip(ours(images), peer(images)):
+            assert (a - b).norm() / b.norm() < 1e-3
+        gray = images[:, :1]
+        assert torch.equal(ours(gray)[0], ours(gray.expand(-1, 3, -1, -1))[0])
+
+
+def test_fid_inception_errors(tmp_path, monkeypatch, both_inceptions):
+    (tmp_path / "w.pth").write_bytes(b"no weights")
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "x.pth")
+    for name, says in (("w.pth", "can't be read"), ("x.pth", "not those of"), ("none.pth", "can't be read")):
+        with pytest.raises(ValueError, match=says):
+            fid.inception(tmp_path / name)
+    def no_network(*a, **k):
+        raise OSError
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    with pytest.raises(ValueError, match="6726825d"):
+        fid.inception()
+    with pytest.raises(ValueError, match="uint8"):
+        both_inceptions[1](torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("n, m", [(400, 300), (15, 300), (12, 10)])
+def test_fid_frechet_distance_equals_torch_fidelitys(n, m):
+    peer = pytest.importorskip("torch_fidelity.metric_fid")
+    a, b = feature_sets(n, m)
+    expected = peer.fid_statistics_to_metric(*(peer.fid_features_to_statistics(v.double()) for v in (a, b)), False)
+    assert math.isclose(fid.frechet_distance(a, b), expected["frechet_inception_distance"], rel_tol=1e-6)
+
+
+def test_fid_kid_is_and_prc_equal_torch_fidelitys():
+    kid, isc, prc = (pytest.importorskip(f"torch_fidelity.metric_{n}") for n in ("kid", "isc", "prc"))
+    a, b = feature_sets()
+    expected = kid.kid_features_to_metric(a, b, kid_subsets=20, kid_subset_size=100, rng_seed=3, verbose=False)
+    ours = fid.kernel_distance(a, b, 20, 100, seed=3)
+    assert np.allclose(ours, [expected[kid.KEY_METRIC_KID_MEAN], expected[kid.KEY_METRIC_KID_STD]], rtol=1e-4)
+    for seed in (None, 5):
+        expected = isc.isc_features_to_metric(a, 10, seed is not None, seed)
+        assert np.allclose(fid.inception_score(a, 10, seed), [expected[isc.KEY_METRIC_ISC_MEAN], expected[isc.KEY_METRIC_ISC_STD]], rtol=1e-6)
+    generated, real = b, a
+    expected = prc.prc_features_to_metric(generated, real, prc_neighborhood=3, prc_batch_size=64, verbose=False)
+    precision, recall = fid.precision_recall(real, generated, block=37)
+    assert abs(precision - expected[prc.KEY_METRIC_PRECISION]) < 1e-4 and abs(recall - expected[prc.KEY_METRIC_RECALL]) < 1e-4
+    assert precision != recall
+
+
+def test_fid_frechet_distance_of_known_gaussians():
+    """Features made to have exactly the wanted mean and covariance; commuting covariances have a closed form."""
+    g, d = torch.Generator().manual_seed(0), 6
+    q = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q
+    s, t, shift = torch.tensor([4.0, 1, 0.25, 9, 2, 1]).double(), torch.tensor([1.0, 1, 4, 4, 0.5, 0]).double(), torch.randn(d, generator=g).double()
+    def exact(values, mean):
+        x = torch.randn(50, d, generator=g, dtype=torch.float64)
+        x = torch.linalg.qr(x - x.mean(0)).Q * 7  # 50 - 1 = 7^2: unit covariance
+        return (x - x.mean(0)) @ torch.diag(values.sqrt()) @ q.T + mean
+    expected = float(shift.square().sum() + ((s.sqrt() - t.sqrt()) ** 2).sum())
+    assert math.isclose(fid.frechet_distance(exact(s, 0 * shift), exact(t, shift)), expected, rel_tol=1e-9)
+
+
+def test_fid_frechet_distance_with_itself_is_zero_at_any_rank():
+    a, _ = feature_sets(200, 2, 64)
+    flat = a.clone()
+    flat[:, 20:] = flat[:, :44] * 0.5  # rank-deficient, more images than features
+    for x in (a, flat, a[:10], a * 1e-3, a * torch.logspace(-6, 3, 64), a[:, :1], torch.ones(5, 3)):
+        trace = float(x.double().var(0).sum())
+        d = fid.frechet_distance(x, x.clone())
+        assert 0 <= d <= 1e-6 * max(trace, 1e-12), (d, trace)
+
+
+def test_fid_kid_of_one_distribution_averages_to_zero():
+    g, values = torch.Generator().manual_seed(0), []
+    for i in range(40):
+        a, b = torch.randn(2, 200, 8, generator=g)
+        values.append(fid.kernel_distance(a, b, 1, 200)[0])
+    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(40) and min(values) < 0 < max(values)
+    assert fid.kernel_distance(a[:50], b, 3)[0] == fid.kernel_distance(a[:50], b, 3, 50)[0]  # no larger than either set
+
+
+def test_fid_precision_and_recall_of_a_set_with_itself_and_far_away():
+    a, _ = feature_sets()
+    assert fid.precision_recall(a, a) == (1.0, 1.0) and fid.precision_recall(a, a + 1000) == (0.0, 0.0)
+    near_one_point = a[:1] + 1e-3 * torch.randn(50, a.shape[1])
+    precision, recall = fid.precision_recall(a, near_one_point)
+    assert precision > 0.9 and recall < 0.05  # faithful, not diverse
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda a, b: fid.frechet_distance(a, b[:, :5]), "differ in size"), (lambda a, b: fid.frechet_distance(a[:1], b), "at least 2"),
+    (lambda a, b: fid.kernel_distance(a, b * math.nan), "not all finite"), (lambda a, b: fid.precision_recall(a[:3], b), "at least 4"),
+    (lambda a, b: fid.frechet_distance(a / 0, b), "not all finite"), (lambda a, b: fid.inception_score(a[:5]), "10 splits")])
+def test_fid_metrics_refuse_nonsense(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(*feature_sets(20, 20, 8))
+
+
+@pytest.fixture
+def sampled(tmp_path, monkeypatch):
+    """Two .npz of shapes (as if generated) with labels and counts, in a directory of their own."""
+    monkeypatch.chdir(tmp_path)
+    x, y = cm.draw_shapes(20, 8, seed=5)
+    np.savez(tmp_path / "good.npz", arr_0=x, arr_1=y, counts=cm.class_counts(1000, 100, 10))
+    noise = np.random.RandomState(0).randint(0, 256, x.shape).astype(np.uint8)
+    np.savez(tmp_path / "noise.npz", arr_0=noise, arr_1=y, counts=cm.class_counts(1000, 100, 10))
+    return tmp_path
+
+
+def test_fid_end_to_end_with_the_classifier(sampled, capsys):
+    run = lambda name: fid.main([name, "--dataset", "shapes", "--features", "classifier", "--json", name + ".json"])
+    assert run("good.npz") == 0
+    text = capsys.readouterr()
+    assert "FD" in text.out and "FID" not in text.out and "200*" in text.out and re.search("recognises [89]", text.err)
+    assert run("noise.npz") == 0
+    assert "training" not in capsys.readouterr().err  # cached
+    good, noise = (json.loads(Path(n + ".npz.json").read_text()) for n in ("good", "noise"))
+    assert set(good) == {"settings", "overall", "Many", "Medium", "Few"} and good["overall"]["accuracy"] > 0.8
+    assert noise["overall"]["FD"] > 10 * good["overall"]["FD"] and noise["overall"]["accuracy"] < 0.3
+    # a split's row is the whole function on that split's rows
+    file = np.load("good.npz")
+    keep = np.isin(file["arr_1"], [6, 7, 8, 9])
+    x, y, _ = cm.load_dataset("shapes", None, 8)
+    np.savez("few.npz", arr_0=file["arr_0"][keep], arr_1=file["arr_1"][keep], counts=file["counts"])
+    few = fid.evaluate("few.npz", "shapes", features="classifier")
+    assert few["Few"] == pytest.approx(good["Few"], rel=1e-4) and set(few) == {"settings", "overall", "Few"}
+    assert good["Few"]["real"] == 4000 and good["Few"]["images"] == 80
+
+
+def test_fid_end_to_end_with_inception_and_folders(sampled, both_inceptions, capsys):
+    from PIL import Image
+    for name in ("good", "noise"):
+        (sampled / name).mkdir()
+        for i, x in enumerate(np.load(f"{name}.npz")["arr_0"][::40]):
+            Image.fromarray(x).save(sampled / name / f"{i}.png")
+    assert fid.main(["noise", "--reference", "good", "--weights", str(both_inceptions[2]), "--json", "out.json"]) == 0
+    result = json.loads(Path("out.json").read_text())["overall"]
+    assert result["images"] == result["real"] == 5 and result["FID"] > 0 and result["IS"] >= 1 and "FID" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("none.npz --dataset shapes", "can't be read"), ("text.npz --dataset shapes", "can't be read"), ("good.npz", "real images are missing"),
+    ("one.npz --dataset shapes", "1 image"), ("float.npz --dataset shapes", "no arr_0 of uint8"), ("empty --dataset shapes", "no images"),
+    ("foreign.npz --dataset shapes --features classifier", "labels from 0 to 10"), ("good.npz --reference big.npz", "sizes differ"),
+    ("good.npz --reference plain.npz --features classifier", "needs real images with labels"), ("good.npz --dataset mnist", "invalid choice"),
+    ("good.npz --dataset shapes --weights text.npz", "can't be read as PyTorch weights"), ("good.npz --dataset shapes --json none/x.json", "not a directory"),
+    ("good.npz --dataset shapes --device abacus", "--device abacus"), ("good.npz --dataset shapes", "6726825d")])
+def test_fid_bad_input_is_one_line_and_status_2(sampled, arguments, says, capfd, monkeypatch):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: 1 / 0)
+    x, y, counts = (np.load("good.npz")[k] for k in ("arr_0", "arr_1", "counts"))
+    Path("text.npz").write_text("text")
+    Path("empty").mkdir()
+    np.savez("one.npz", arr_0=x[:1])
+    np.savez("float.npz", arr_0=x.astype(np.float32))
+    np.savez("foreign.npz", arr_0=x, arr_1=np.where(np.arange(len(y)) == 3, 10, y), counts=counts)
+    np.savez("big.npz", arr_0=x.repeat(2, 1).repeat(2, 2))
+    np.savez("plain.npz", arr_0=x)
+    before = snapshot(sampled)
+    with pytest.raises(SystemExit) as stopped:
+        fid.main(arguments.split())
+    err = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]
+    assert stopped.value.code == 2 and len(err) == 1 and says in err[0], err
+    assert snapshot(sampled) == before
+
+
+def test_fid_classifier_on_fashion_mnist(tmp_path):
+    root = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist, which .ci/run installs
+    if not root.is_dir():
+        pytest.skip("apt-get install dataset-fashion-mnist")
+    load = lambda train: (torch.from_numpy(v) for v in cm.load_dataset("fashion", root, 16, train)[:2])
+    (x, y), (test, test_y) = load(True), load(False)
+    x, test = x.permute(0, 3, 1, 2), test.permute(0, 3, 1, 2)
+    net, accuracy = fid.train_classifier(x, y, test, test_y, 10)
+    assert accuracy >= 0.88
+    real, held = fid.extract(net, x[:5000], "")[0], fid.extract(net, test[:2000], "")[0]
+    noise = fid.extract(net, torch.randint(0, 256, (2000, 1, 16, 16), dtype=torch.uint8), "")[0]
+    assert fid.frechet_distance(real, noise) > 50 * fid.frechet_distance(real, held)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
