@@ -38,8 +38,8 @@ URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + WEI
 
 
 def matrices(*sets, names=("real", "generated"), least=2):
-    """The sets as float64 tensors on their device. Raises ValueError on what no metric can take."""
-    sets = [torch.as_tensor(s).double() for s in sets]
+    """The sets as tensors. Raises ValueError on what no metric can take."""
+    sets = [torch.as_tensor(s) for s in sets]
     for s, name in zip(sets, names):
         if s.ndim != 2 or len(s) < least:
             raise ValueError(f"{name} features have shape {list(s.shape)}; they must be [N, D] with N at least {least}")
@@ -55,42 +55,41 @@ def frechet_distance(a, b):
 
     With S = R^T R for each set, tr (S_a S_b)^(1/2) is the nuclear norm of R_a R_b^T: no general matrix root, no
     complex numbers, right also for rank-deficient covariances. Raises ValueError."""
-    a, b = (s.cpu().numpy() for s in matrices(a, b, names=("first", "second")))
-    roots, traces, full = [], [], True
-    for x in (a, b):
-        x = (x - x.mean(0)) / (len(x) - 1) ** 0.5
-        traces.append((x**2).sum())
-        root = covariance_root(x) if len(x) > x.shape[1] else None
-        full &= root is not None
-        # without full rank (by a margin), a covariance has lost the digits that its root needs: take the features' own
-        roots.append(root if root is not None else np.linalg.qr(x, "r") if len(x) > x.shape[1] else x)
-    product = roots[0] @ roots[1].T
-    # singular values by a symmetric eigenproblem: several times faster, and exact enough where none is near 0
-    squares = scipy.linalg.eigvalsh(product @ product.T) if full else [0.0]
-    nuclear = np.sqrt(squares).sum() if squares[0] > 1e-12 * squares[-1] else np.linalg.svd(product, compute_uv=False).sum()
-    return max(0.0, float(((a.mean(0) - b.mean(0)) ** 2).sum() + traces[0] + traces[1] - 2 * nuclear))
+    a, b = (s.double().cpu().numpy() for s in matrices(a, b, names=("first", "second")))
+    means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    nuclear = None
+    if min(len(a), len(b)) > a.shape[1]:
+        nuclear = full_rank_trace(a.T @ a, b.T @ b)
+    if nuclear is None:  # a covariance has lost the digits that its root needs: take the features' own root
+        roots = [np.linalg.qr(x, "r") if len(x) > x.shape[1] else x for x in (a, b)]
+        nuclear = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    return max(0.0, float(means + np.vdot(a, a) + np.vdot(b, b) - 2 * nuclear))
 
 
-def covariance_root(x):
-    """Cholesky's R with R^T R = x^T x, or None where that is too near to losing rank."""
+def full_rank_trace(cov_a, cov_b):
+    """tr (S_a S_b)^(1/2) of covariances [D, D], or None where they are too near to losing rank. The singular values of
+    the product of Cholesky roots come from a symmetric eigenproblem: several times faster, exact where none is near 0."""
     try:
-        root = scipy.linalg.cholesky(x.T @ x)
+        root_a, root_b = (scipy.linalg.cholesky(c, check_finite=False) for c in (cov_a, cov_b))
     except np.linalg.LinAlgError:
         return None
-    diagonal = root.diagonal()
-    return root if diagonal.min() > 1e-6 * diagonal.max() else None
+    product = root_a @ root_b.T
+    squares = scipy.linalg.eigvalsh(product @ product.T, check_finite=False)
+    full = all(r.diagonal().min() > 1e-6 * r.diagonal().max() for r in (root_a, root_b)) and squares[0] > 1e-12 * squares[-1]
+    return np.sqrt(squares).sum() if full else None
 
 
 def kernel_distance(a, b, subsets=100, subset_size=1000, seed=0):
     """KID (Binkowski et al. 2018): unbiased MMD^2 with the kernel (x.y / D + 1)^3, (mean, std) over random subsets of
     the feature sets [N, D]; a subset is never larger than either set. Raises ValueError."""
-    a, b = (s.float() for s in matrices(a, b, names=("first", "second")))
+    a, b = (s.float().cpu().numpy() for s in matrices(a, b, names=("first", "second")))
     m, rng, values = min(subset_size, len(a), len(b)), np.random.RandomState(seed), []
     for _ in range(subsets):
-        x, y = (s[torch.as_tensor(rng.choice(len(s), m, replace=False), device=s.device)] for s in (a, b))
+        x, y = (s[rng.choice(len(s), m, replace=False)] for s in (a, b))
         kxx, kyy, kxy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
-        off = sum(k.sum(dtype=torch.float64) - k.diagonal().sum(dtype=torch.float64) for k in (kxx, kyy))
-        values.append(float(off / (m * (m - 1)) - 2 * kxy.mean(dtype=torch.float64)))
+        off_diagonal = sum(k.sum(dtype=np.float64) - np.trace(k, dtype=np.float64) for k in (kxx, kyy))
+        values.append(off_diagonal / (m * (m - 1)) - 2 * kxy.mean(dtype=np.float64))
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -99,12 +98,16 @@ def precision_recall(real, generated, k=3, block=2000):
     inside the real manifold, and the reverse; a manifold is the balls around its samples that reach their k-th nearest
     neighbour. Distances in blocks of rows, so memory is block x N. Raises ValueError."""
     real, generated = matrices(real, generated, least=k + 1)
-    center = real.mean(0)  # float32 distances lose less around 0
-    real, generated = (real - center).float(), (generated - center).float()
+    center = real.double().mean(0)  # float32 distances lose less around 0
+    real, generated = ((s - center).float() for s in (real, generated))
     radii = lambda s: torch.cat([torch.cdist(rows, s).kthvalue(k + 1).values for rows in s.split(block)])
-    inside = lambda s, manifold, radius: float(torch.cat([(torch.cdist(rows, manifold) <= radius).any(1)
-                                                          for rows in s.split(block)]).double().mean())
-    return inside(generated, real, radii(real)), inside(real, generated, radii(generated))
+    real_radii, generated_radii = radii(real), radii(generated)
+    inside_real, inside_generated = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, radius in zip(generated.split(block), generated_radii.split(block)):
+        distance = torch.cdist(rows, real)
+        inside_real.append((distance <= real_radii).any(1))
+        inside_generated |= (distance <= radius[:, None]).any(0)
+    return float(torch.cat(inside_real).double().mean()), float(inside_generated.double().mean())
 
 
 def inception_score(logits, splits=10, seed=0):
@@ -115,7 +118,7 @@ def inception_score(logits, splits=10, seed=0):
         raise ValueError(f"{len(logits)} images can't make {splits} splits")
     if seed is not None:
         logits = logits[torch.as_tensor(np.random.RandomState(seed).permutation(len(logits)), device=logits.device)]
-    log_p, n, scores = logits.log_softmax(1), len(logits), []
+    log_p, n, scores = logits.double().log_softmax(1), len(logits), []
     for i in range(splits):
         part = log_p[i * n // splits:(i + 1) * n // splits]
         scores.append(float((part.exp() * (part - part.exp().mean(0).log())).nan_to_num(0.0).sum(1).mean().exp()))
