@@ -87,7 +87,7 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=0):
     m, rng, values = min(subset_size, len(a), len(b)), np.random.RandomState(seed), []
     for _ in range(subsets):
         x, y = (s[rng.choice(len(s), m, replace=False)] for s in (a, b))
-        kxx, kyy, kxy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        kxx, kyy, kxy = (k * k * k for k in (p @ q.T / p.shape[1] + 1 for p, q in ((x, x), (y, y), (x, y))))
         off_diagonal = sum(k.sum(dtype=np.float64) - np.trace(k, dtype=np.float64) for k in (kxx, kyy))
         values.append(off_diagonal / (m * (m - 1)) - 2 * kxy.mean(dtype=np.float64))
     return float(np.mean(values)), float(np.std(values))
