@@ -49,7 +49,7 @@ PRESETS = {
     "paper": dict(image_size=32, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1, batch_size=64,
                   steps=300_000, lr=2e-4, warmup=5000, base="oc", log_every=500, checkpoint_every=5000),
     "small": dict(image_size=16, channels=16, multipliers=(1, 2, 2), blocks=1, attention=(), dropout=0.0, batch_size=32,
-                  steps=3800, lr=3e-3, warmup=None, base="ddpm", log_every=50, checkpoint_every=500),
+                  steps=4200, lr=3e-3, warmup=None, base="ddpm", log_every=50, checkpoint_every=500),
 }
 DATASETS = {"shapes": "small", "fashion": "small", "cifar10": "paper", "cifar100": "paper", "folder": "paper"}
 
@@ -204,7 +204,7 @@ def splits(counts):
     return {"Many": order[:third], "Medium": order[third:2 * third], "Few": order[2 * third:]}
 
 
-SHAPES = ("disc", "ring", "bar", "square", "triangle", "cross", "crescent", "heart", "star", "frame")
+SHAPES = ("disc", "ring", "cross", "bar", "square", "triangle", "crescent", "heart", "star", "frame")
 
 
 def signed_distance(shape, x, y):
@@ -1002,8 +1002,8 @@ def train(c, typed=frozenset()):
         progress.update()
         if step % 20 == 0:
             progress.set_postfix_str(f"base {float(base.mean()):.4f}, cm {float(cm.mean()):+.4f}", refresh=False)
-        if step == first + 5 and device.type == "cpu" and rank == 0:
-            say_if_long((time.perf_counter() - began) / 5 * (c.steps - step), c, progress)
+        if step == first + 2 and device.type == "cpu" and rank == 0:
+            say_if_long((time.perf_counter() - began) / 2 * (c.steps - step), c, progress)
         if last:
             break
     progress.close()

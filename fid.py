@@ -87,10 +87,17 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=0):
     m, rng, values = min(subset_size, len(a), len(b)), np.random.RandomState(seed), []
     for _ in range(subsets):
         x, y = (s[rng.choice(len(s), m, replace=False)] for s in (a, b))
-        kxx, kyy, kxy = (k * k * k for k in (p @ q.T / p.shape[1] + 1 for p, q in ((x, x), (y, y), (x, y))))
+        kxx, kyy, kxy = (cubic_kernel(p, q) for p, q in ((x, x), (y, y), (x, y)))
         off_diagonal = sum(k.sum(dtype=np.float64) - np.trace(k, dtype=np.float64) for k in (kxx, kyy))
         values.append(off_diagonal / (m * (m - 1)) - 2 * kxy.mean(dtype=np.float64))
     return float(np.mean(values)), float(np.std(values))
+
+
+def cubic_kernel(x, y):
+    k = x @ y.T
+    k /= x.shape[1]
+    k += 1
+    return k * k * k
 
 
 def precision_recall(real, generated, k=3, block=2000):
@@ -98,8 +105,8 @@ def precision_recall(real, generated, k=3, block=2000):
     inside the real manifold, and the reverse; a manifold is the balls around its samples that reach their k-th nearest
     neighbour. Distances in blocks of rows, so memory is block x N. Raises ValueError."""
     real, generated = matrices(real, generated, least=k + 1)
-    center = real.double().mean(0)  # float32 distances lose less around 0
-    real, generated = ((s - center).float() for s in (real, generated))
+    center = real.float().mean(0)  # float32 distances lose less around 0
+    real, generated = (s.float() - center for s in (real, generated))
     radii = lambda s: torch.cat([torch.cdist(rows, s).kthvalue(k + 1).values for rows in s.split(block)])
     real_radii, generated_radii = radii(real), radii(generated)
     inside_real, inside_generated = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -376,7 +383,7 @@ def show(result):
     rows = {k: v for k, v in result.items() if k != "settings"}
     columns = [c for c in rows["overall"] if not c.endswith(" std")]
     print(f"{result['settings']['features']} features, against {result['settings']['against']}")
-    print(f"{'':8}" + "".join(f"{c:>18}" if f"{c} std" in rows["overall"] else f"{c:>10}" for c in columns))
+    print(f"{'':8}" + "".join(f"{c:>22}" if f"{c} std" in rows["overall"] else f"{c:>11}" for c in columns))
     starred = False
     for name, values in rows.items():
         cells = []
@@ -384,11 +391,11 @@ def show(result):
             if c in ("images", "real"):
                 few = c == "images" and values[c] < (50_000 if name == "overall" else 20_000)
                 starred |= few
-                cells.append(f"{values[c]:>9}{'*' if few else ' '}")
+                cells.append(f"{values[c]:>10}{'*' if few else ' '}")
             elif f"{c} std" in values:
-                cells.append(f"{values[c]:>9.5f}±{values[c + ' std']:<8.5f}")
+                cells.append(f"{values[c]:>12.5g} ± {values[c + ' std']:<7.2g}")
             else:
-                cells.append(f"{values[c]:>10.4f}")
+                cells.append(f"{values[c]:>11.4f}")
         print(f"{name:8}" + "".join(cells))
     if starred:
         print("* fewer than the paper's 50,000 (overall) or 20,000 (a split, from a file of its own): the distance is biased upwards")

@@ -907,6 +907,15 @@ def test_bad_input_is_one_line_status_2_and_changes_nothing(name, bad, tmp_path,
     assert snapshot(bad) == before and not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
+def test_a_long_job_on_a_cpu_says_how_long_and_what_to_run_instead(capsys):
+    from tqdm import tqdm
+    cm.say_if_long(3600, config(), tqdm)
+    assert capsys.readouterr().out == ""
+    cm.say_if_long(12.5 * 86400, cm.Config(dataset="cifar10").resolved(), tqdm)
+    out = capsys.readouterr().out
+    assert "12.5 days" in out and "--dataset cifar10 --preset small --out runs/cifar10-small" in out
+
+
 def test_help_shows_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit) as stopped:
         cm.main(["--help"])
@@ -1312,7 +1321,20 @@ def test_theory_exits_with_1_where_a_formula_is_wrong(monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# experiments/assumptions.py
+# experiments/
+
+
+def test_benchmark_in_a_miniature(capsys):
+    pytest.importorskip("torch_fidelity")
+    from experiments import benchmark
+    benchmark.main(["--repeats", "1", "--size", "200", "--dim", "64"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "×" in line and " s " in line]) == 6
+    printed = [re.search(r"([\d.]+) s +([\d.]+) s +([\d.]+) ×", line) for line in lines]
+    ours, peer, ratio = map(float, next(m for m in reversed(printed) if m).groups())  # Inception: long enough for its digits
+    assert abs(ratio - peer / ours) < 0.02 * ratio
+
+
 
 
 def test_assumptions_end_to_end(tmp_path, capsys):

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.special import ndtr  # the standard normal CDF, (F.6)
-from tqdm import tqdm
 
 BLOCK = 2**22  # Gaussians held at a time by each thread
 
@@ -186,6 +185,8 @@ def simulate(counts, means, sigma, alpha=0.0, trials=100_000, seed=0, noise=gaus
     of random numbers, so memory is bounded and the result doesn't depend on threads."""
     check(counts=counts, sigma=sigma, alpha=alpha, trials=trials, seed=seed)
     counts, means = np.asarray(counts, float), np.asarray(means, float)
+    if (counts != np.floor(counts)).any():
+        raise ValueError(f"counts are {counts}; a simulation needs whole samples")
     block = block or int(max(1, min(4096, BLOCK // means.shape[1])))
     sizes = [min(block, trials - i) for i in range(0, trials, block)]
     rngs = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(len(sizes))]
@@ -229,7 +230,7 @@ class Report:
         return "ok" if ok else "FAILS"
 
     def title(self, text):
-        tqdm.write(f"\n{text}\n  {'setting':48} {'closed form':>11} {'simulated':>10} {'std. error':>10} {'z':>6}")
+        print(f"\n{text}\n  {'setting':48} {'closed form':>11} {'simulated':>10} {'std. error':>10} {'z':>6}")
 
     def line(self, setting, closed, counts, means, sigma, alpha=0.0, note=""):
         """Simulate one setting against its closed form: within four standard errors."""
@@ -240,7 +241,7 @@ class Report:
         z = (estimate - closed) / error if estimate != closed else 0.0
         # a rarer event than one in `trials` is seen never or once: allow for that one
         ok = abs(z) < 4 or abs(estimate - closed) * self.trials <= 1
-        tqdm.write(f"  {setting:48} {closed:11.5f} {estimate:10.5f} {error:10.1e} {z:6.2f}  {self.verdict(ok)}{note}")
+        print(f"  {setting:48} {closed:11.5f} {estimate:10.5f} {error:10.1e} {z:6.2f}  {self.verdict(ok)}{note}")
         return estimate
 
 
