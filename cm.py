@@ -245,8 +245,8 @@ def draw_shapes(per_class, size, seed):
     rng, images = np.random.RandomState(seed), []
     grid = (np.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
     for shape in SHAPES:
-        radius = rng.uniform(0.6, 0.85, (per_class, 1, 1))
-        cx, cy = rng.uniform(-1, 1, (2, per_class, 1, 1)) * (0.95 - radius)
+        radius = rng.uniform(0.7, 0.9, (per_class, 1, 1))
+        cx, cy = rng.uniform(-1, 1, (2, per_class, 1, 1)) * (1 - radius)
         angle = rng.uniform(0, 2 * np.pi, (per_class, 1, 1))
         u, v = (grid[None, None, :] - cx) / radius, (grid[None, :, None] - cy) / radius
         x, y = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
