@@ -578,9 +578,9 @@ def toy_losses(steps, **kw):
 
 
 def test_divergence_goes_to_the_minority_and_only_the_bound_keeps_its_loss():
-    plain, _ = toy_losses(600, no_cm=True)
-    bounded, d = toy_losses(600)
-    printed, d_printed = toy_losses(600, div_margin=math.inf)
+    plain, _ = toy_losses(400, no_cm=True)
+    bounded, d = toy_losses(400)
+    printed, d_printed = toy_losses(400, div_margin=math.inf)
     assert d[2:].mean() > 10 * d[:2].mean(), d
     assert bounded[2:].mean() < 2 * plain[2:].mean(), (bounded, plain)
     assert printed[2:].mean() > 20 * plain[2:].mean(), (printed, plain)  # Eq. (2) as printed runs off
