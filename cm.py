@@ -146,6 +146,7 @@ class Config:
         check(c.div_margin >= 0, "div_margin", c.div_margin, "at least 0")
         check(math.isfinite(c.guidance), "guidance", c.guidance, "a finite number")
         check(c.sample_steps is None or 1 <= c.sample_steps <= T, "sample_steps", c.sample_steps, f"from 1 to {T}")
+        check(c.channels % 2 == 0, "channels", c.channels, "even")
         check(min(c.multipliers) >= 1, "multipliers", c.multipliers, "at least 1 a level")
         stride = 2 ** (len(c.multipliers) - 1)
         check(c.image_size % stride == 0, "image_size", c.image_size, f"divisible by the network's stride, {stride}")
