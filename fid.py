@@ -43,7 +43,7 @@ def matrices(*sets, names=("real", "generated"), least=2):
     for s, name in zip(sets, names):
         if s.ndim != 2 or len(s) < least:
             raise ValueError(f"{name} features have shape {list(s.shape)}; they must be [N, D] with N at least {least}")
-        if not torch.isfinite(s).all():
+        if not torch.isfinite(torch.stack(torch.aminmax(s))).all():  # one pass, and NaN comes through
             raise ValueError(f"{name} features are not all finite")
     if len({s.shape[1] for s in sets}) > 1:
         raise ValueError(f"features differ in size: {' and '.join(str(s.shape[1]) for s in sets)}")
@@ -74,8 +74,8 @@ def full_rank_trace(cov_a, cov_b):
         root_a, root_b = (scipy.linalg.cholesky(c, check_finite=False) for c in (cov_a, cov_b))
     except np.linalg.LinAlgError:
         return None
-    product = root_a @ root_b.T
-    squares = scipy.linalg.eigvalsh(product @ product.T, check_finite=False)
+    product = scipy.linalg.blas.dtrmm(1.0, root_a, root_b.T)  # both are triangular
+    squares = scipy.linalg.eigvalsh(product @ product.T, check_finite=False, overwrite_a=True)
     full = all(r.diagonal().min() > 1e-6 * r.diagonal().max() for r in (root_a, root_b)) and squares[0] > 1e-12 * squares[-1]
     return np.sqrt(squares).sum() if full else None
 
@@ -107,7 +107,7 @@ def precision_recall(real, generated, k=3, block=2000):
     real, generated = matrices(real, generated, least=k + 1)
     center = real.float().mean(0)  # float32 distances lose less around 0
     real, generated = (s.float() - center for s in (real, generated))
-    radii = lambda s: torch.cat([torch.cdist(rows, s).kthvalue(k + 1).values for rows in s.split(block)])
+    radii = lambda s: torch.cat([torch.cdist(rows, s).topk(k + 1, largest=False).values[:, k] for rows in s.split(block)])
     real_radii, generated_radii = radii(real), radii(generated)
     inside_real, inside_generated = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for rows, radius in zip(generated.split(block), generated_radii.split(block)):
