@@ -816,6 +816,19 @@ def load_weights(unet, state, path):
         raise ValueError(f"{path} holds another network than its configuration says") from None
 
 
+def load_trained(path, weights="ema"):
+    """(configuration, network in eval mode with W_g, A and B still apart, class counts) of a checkpoint.pt; weights "ema",
+    or "model" for those that the next step would train. Raises ValueError."""
+    state = load_checkpoint(path)
+    try:
+        c = Config(**state["config"])
+        unet = make_unet(c, len(state["counts"]), state["ema"]["encoder.0.weight"].shape[1])
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{path} is not a checkpoint.pt that this cm.py wrote") from None
+    load_weights(unet, state[weights], path)
+    return c, unet.eval().requires_grad_(False), state["counts"]
+
+
 def groups(counts):
     """What tables and logs show, {label: classes [n]}: each class by its number, most frequent first (of more than 20
     the five most and five least frequent), then the splits."""
@@ -1092,14 +1105,8 @@ def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0,
 
 def generate(c):
     """--sample: write an .npz in ADM's layout, arr_0 uint8 [N, H, W, C] and arr_1 labels, with `counts` beside."""
-    state = load_checkpoint(c.sample)
-    num_images, classes, device = c.num_images, len(state["counts"]), pick_device(c)
-    try:
-        trained = Config(**state["config"])
-        ema = make_unet(trained, classes, state["ema"]["encoder.0.weight"].shape[1])
-    except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{c.sample} is not a checkpoint.pt that this cm.py wrote") from None
-    load_weights(ema, state["ema"], c.sample)
+    trained, ema, counts = load_trained(c.sample)
+    num_images, classes, device = c.num_images, len(counts), pick_device(c)
     if c.general_only and trained.no_cm:
         raise ValueError(f"{c.sample} was trained with --no-cm: there is no theta_g to sample")
     chosen = list(range(classes)) if c.labels is None else list(c.labels)
@@ -1116,8 +1123,8 @@ def generate(c):
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: {out.parent} is not a directory")
     with general_only(ema) if c.general_only else contextlib.nullcontext():
-        unet = merge(ema).to(device).eval()
-    shape = (state["ema"]["encoder.0.weight"].shape[1], trained.image_size, trained.image_size)
+        unet = merge(ema).to(device)
+    shape = (unet.encoder[0].in_channels, trained.image_size, trained.image_size)
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(num_images)])
     images = np.empty((num_images, *shape[1:], shape[0]), np.uint8)
     with tqdm(total=num_images, unit="image") as progress:
@@ -1128,7 +1135,7 @@ def generate(c):
                        c.sampler, c.sample_steps, c.guidance, seeds)
             images[i:i + len(y)] = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
             progress.update(len(y))
-    arrays = dict(arr_0=images, counts=np.array(state["counts"]))
+    arrays = dict(arr_0=images, counts=np.array(counts))
     if not trained.unconditional:  # an unconditional image has no label
         arrays["arr_1"] = labels.numpy()
     write_atomically(out, lambda p: np.savez(p, **arrays))

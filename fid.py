@@ -100,15 +100,23 @@ def cubic_kernel(x, y):
     return k * k * k
 
 
-def precision_recall(real, generated, k=3, block=2000):
+def manifold_radii(features, k=3, block=2000):
+    """Distance of each of the features [N, D] to its k-th nearest neighbour, [N], in blocks of rows. Raises ValueError."""
+    (features,) = matrices(features, names=("a manifold's",), least=k + 1)
+    features = features.float() - features.float().mean(0)  # float32 distances lose less around 0
+    return torch.cat([torch.cdist(rows, features).topk(k + 1, largest=False).values[:, k] for rows in features.split(block)])
+
+
+def precision_recall(real, generated, k=3, block=2000, real_radii=None):
     """Improved (precision, recall) (Kynkäänniemi et al. 2019) of feature sets [N, D]: the share of generated samples
     inside the real manifold, and the reverse; a manifold is the balls around its samples that reach their k-th nearest
-    neighbour. Distances in blocks of rows, so memory is block x N. Raises ValueError."""
+    neighbour. Memory is block x N. `real_radii`: manifold_radii(real, k), if at hand. Raises ValueError."""
     real, generated = matrices(real, generated, least=k + 1)
-    center = real.float().mean(0)  # float32 distances lose less around 0
+    if real_radii is None:
+        real_radii = manifold_radii(real, k, block)
+    generated_radii = manifold_radii(generated, k, block)
+    center = real.float().mean(0)
     real, generated = (s.float() - center for s in (real, generated))
-    radii = lambda s: torch.cat([torch.cdist(rows, s).topk(k + 1, largest=False).values[:, k] for rows in s.split(block)])
-    real_radii, generated_radii = radii(real), radii(generated)
     inside_real, inside_generated = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for rows, radius in zip(generated.split(block), generated_radii.split(block)):
         distance = torch.cdist(rows, real)
@@ -293,11 +301,11 @@ def read_images(path):
             None if counts is None else [int(n) for n in counts])
 
 
-def score(real, generated, kind, logits=None, labels=None):
+def score(real, generated, kind, logits=None, labels=None, radii=manifold_radii):
     """{metric: value} of one set of features against another; `logits` are the generated images'."""
     fd, kd = frechet_distance(real, generated), kernel_distance(real, generated)
     k = min(3, len(real) - 1, len(generated) - 1)
-    precision, recall = precision_recall(real, generated, k)
+    precision, recall = precision_recall(real, generated, k, real_radii=radii(real, k))
     result = {"images": len(generated), "real": len(real), "FID" if kind == "inception" else "FD": fd,
               "KID" if kind == "inception" else "KD": kd[0], "KID std" if kind == "inception" else "KD std": kd[1],
               "precision": precision, "recall": recall}
@@ -368,13 +376,14 @@ def evaluate(samples, dataset=None, data=None, reference=None, features="incepti
     net = net.to(device)
     real_features = cached(cache, "features", stamp, lambda: extract(net, real, "real images", batch_size)[0])
     generated, logits = extract(net, images, "generated images", batch_size)
-    result = {"settings": settings, "overall": score(real_features, generated, features, logits, labels)}
+    radii = lambda part, k: cached(cache, "radii", [part.numpy().tobytes(), k], lambda: manifold_radii(part, k))  # the slow part
+    result = {"settings": settings, "overall": score(real_features, generated, features, logits, labels, radii)}
     if labels is not None and counts is not None and real_labels is not None:
         for name, classes in cm.splits(counts).items():
             classes = torch.as_tensor(classes)
             r, g = torch.isin(real_labels, classes), torch.isin(labels, classes)
             if min(int(r.sum()), int(g.sum())) >= 2:
-                result[name] = score(real_features[r], generated[g], features, logits[g], labels[g])
+                result[name] = score(real_features[r], generated[g], features, logits[g], labels[g], radii)
     return result
 
 
