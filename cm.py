@@ -736,7 +736,7 @@ class CapacityManipulation(nn.Module):
         """x0, eps [B, C, H, W]; y, t [B]; y_in [B], y with -1 where the label is dropped.
         -> total loss (scalar), base loss [B], L_CM [B], d [B]."""
         c = self.c
-        x_t = add_noise(x0, t, eps, self.alpha_bar).contiguous(memory_format=torch.channels_last)
+        x_t = add_noise(x0, t, eps, self.alpha_bar)
         target = oc_target(x0, x_t, t, y, eps, self.counts, self.alpha_bar) if c.base == "oc" else eps
         if c.base == "cbdm":
             prior = torch.ones_like(self.omega_con) if c.cbdm_prior == "uniform" else self.counts.float()

@@ -1330,14 +1330,192 @@ def test_theory_exits_with_1_where_a_formula_is_wrong(monkeypatch, capsys):
 def test_benchmark_in_a_miniature(capsys):
     pytest.importorskip("torch_fidelity")
     from experiments import benchmark
-    benchmark.main(["--repeats", "1", "--size", "200", "--dim", "64"])
+    benchmark.main(["--repeats", "1", "--size", "200", "--dim", "64", "--preset", "small", "--batch-size", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if "×" in line and " s " in line]) == 6
-    printed = [re.search(r"([\d.]+) s +([\d.]+) s +([\d.]+) ×", line) for line in lines]
-    ours, peer, ratio = map(float, next(m for m in reversed(printed) if m).groups())  # Inception: long enough for its digits
-    assert abs(ratio - peer / ours) < 0.02 * ratio
+    printed = [m for line in lines if (m := re.search(r"([\d.]+) s +([\d.]+) s +([\d.]+) ×", line))]
+    assert len(printed) >= 10
+    a, b, ratio = map(float, printed[-1].groups())  # Inception: long enough for its digits
+    assert abs(ratio - b / a) < 0.02 * ratio
+    kept = next(line for line in lines if line.startswith("kept for backward"))
+    plain, one_encoder, two_passes = (float(v) for v in re.findall(r"\(([\d.]+) ×\)", kept))
+    assert plain == 1 < one_encoder < two_passes <= 2.01
 
 
+MINIATURE = "--dataset shapes --channels 8 --multipliers 1 2 --image-size 8 --batch-size 8 --rank-ratio 0.25 --warmup 1 --log-every 2".split()
+
+
+def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
+    from experiments import study
+    flags = [*MINIATURE, "--steps", "60", "--checkpoint-every", "10"]
+    own = ["--rows", str(tmp_path / "rows.csv"), "--runs", str(tmp_path / "runs"), "--assets", str(tmp_path), "--num-images", "40", "--jobs", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "experiments.study", *own, *flags], cwd=HERE, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    checkpoint = tmp_path / "runs" / "DDPM-0" / "run" / "checkpoint.pt"
+    try:
+        for _ in range(1200):
+            if checkpoint.is_file() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    killed_at = cm.load_checkpoint(checkpoint)["step"]
+    assert killed_at >= 10 and not (tmp_path / "rows.csv").exists()
+
+    monkeypatch.setattr(study, "STAGES", {"margin": (["DDPM", study.CM], 1), "main": (["DDPM"], 1), "ablation": ([], 1)})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert study.main(own + flags) == 0
+    rows = {r["method"]: r for r in study.read_rows(tmp_path / "rows.csv")}
+    assert list(rows) == ["DDPM", study.CM, f"{study.CM}, θ_g"]
+    assert all(v not in ("", "nan") for r in rows.values() for k, v in r.items() if not k.startswith("steps/s"))
+    assert f"| {study.CM} − DDPM |" in capsys.readouterr().out
+    assert (tmp_path / "study_theta.png").is_file() and (tmp_path / "study_few.png").is_file()
+
+    before = (tmp_path / "rows.csv").read_bytes()
+    assert study.main(own + flags) == 0
+    assert "2 runs have rows, 0 to do" in capsys.readouterr().out and (tmp_path / "rows.csv").read_bytes() == before
+    with pytest.raises(SystemExit):
+        study.main(own + flags + ["--lr", "1e-4"])
+    assert "made with other options" in capsys.readouterr().err
+
+    # the resumed run is the uninterrupted one, and a cell of the table is what another network's loop gives
+    assert command(*flags, "--no-cm", "--out", tmp_path / "whole").returncode == 0
+    whole, resumed = (torch.load(p, weights_only=True)["ema"] for p in (tmp_path / "whole" / "checkpoint.pt", checkpoint))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    c, unet, counts = cm.load_trained(tmp_path / "whole" / "checkpoint.pt")
+    images, labels, _ = cm.load_dataset("shapes", None, 8, train=False)
+    images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+    alpha_bar, generator, losses = cm.make_alpha_bar(), torch.Generator().manual_seed(0), []
+    for k in range(10):
+        for part in range(0, len(images), 250):
+            x0, y = images[part:part + 250].float() / 127.5 - 1, labels[part:part + 250]
+            eps, a = torch.randn(x0.shape, generator=generator), alpha_bar[100 * k + 50]
+            t = torch.full_like(y, 100 * k + 50)
+            with torch.no_grad():
+                predicted = unet((a.sqrt() * x0 + (1 - a).sqrt() * eps).float(), t, y)
+            losses.append(((predicted - eps) ** 2).mean((1, 2, 3))[y == 9])
+    assert abs(float(rows["DDPM"]["loss 9"]) / float(torch.cat(losses).double().mean()) - 1) < 1e-4
+
+
+def test_study_intervals_and_verdicts():
+    from scipy import stats
+    from experiments import study
+    rng = np.random.RandomState(0)
+    a, b = rng.rand(2, 4)
+    rows = [{"method": m, "seed": str(s), "x": str(v)} for m, values in (("A", a), ("B", b)) for s, v in enumerate(values)]
+    mean, half, n = study.difference(rows, "A", "B", "x")
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert n == 4 and np.allclose([mean - half, mean + half], [low, high])
+    assert study.difference(rows[:5], "A", "B", "x")[2] == 1 and study.difference(rows, "A", "C", "x")[2] == 0
+    says = study.verdict
+    assert says(-2, 1, 3) == "reproduced" and says(2, 1, 3) == "not reproduced" and says(-1, 2, 3) == "not decidable at this scale"
+    assert says(-1, math.nan, 1) == "not decidable at this scale (one seed)" and says(math.nan, math.nan, 0) == "not run"
+
+
+def test_pruning_share_is_exact_and_takes_the_smallest(tmp_path, capsys):
+    from experiments import pruning
+    unet = tiny_unet(reserve=False)
+    values = lambda net: torch.cat([p.detach().flatten() for p in net.parameters()])
+    before, after = values(unet), values(pruning.prune(unet, 0.1))
+    gone = (after == 0) & (before != 0)
+    assert int(gone.sum()) == len(before) // 10 and before[gone].abs().max() <= before[~gone].abs().min()
+    assert torch.equal(after[~gone], before[~gone])
+    assert torch.equal(values(pruning.prune(unet, 0)), before)
+    with pytest.raises(ValueError, match="in \\[0, 1\\)"):
+        pruning.prune(unet, 1.0)
+
+    for name, extra in (("plain", ["--no-cm"]), ("cm", [])):
+        assert cm.main([*MINIATURE, *extra, "--steps", "4", "--out", str(tmp_path / name)]) == 0
+    checkpoints = [str(tmp_path / name / "checkpoint.pt") for name in ("plain", "cm")]
+    own = ["--rows", str(tmp_path / "pruning.csv"), "--assets", str(tmp_path)]
+    capsys.readouterr()
+    assert pruning.main(checkpoints + own + ["--per-class", "2", "--times", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert pruning.main(["--table", *own]) == 0 and capsys.readouterr().out == shown and (tmp_path / "pruning.png").is_file()
+    rows = pruning.read_rows(tmp_path / "pruning.csv")
+    assert len(rows) == 20 and all(abs(float(r["pruned"]) / float(r["raw"]) - 1 - float(r["change"])) < 1e-4 for r in rows)
+
+
+@pytest.mark.parametrize("reserve", [False, True])
+def test_per_sample_gradients_average_to_the_batch_gradient(reserve):
+    from experiments import gradients
+    unet, counts = tiny_unet(reserve=reserve).eval(), [40, 10, 5, 2]
+    losses = cm.CapacityManipulation(unet, counts, config(base="ddpm", no_cm=not reserve))
+    x0, y, t, eps = batch()
+    parameters = {n: p for n, p in losses.named_parameters() if "decoder" in n}
+    each = gradients.per_sample_gradients(losses, list(parameters), x0, y, t, eps, chunk_size=4)
+    whole = torch.autograd.grad(losses(x0, y, t, eps, y)[0], list(parameters.values()), allow_unused=True)
+    for n, g in zip(parameters, whole):
+        assert each[n].shape == (6, *parameters[n].shape)
+        torch.testing.assert_close(each[n].mean(0), torch.zeros_like(parameters[n]) if g is None else g, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_part_of_ba_is_how_ba_moves():
+    from experiments import gradients
+    torch.manual_seed(0)
+    layer = cm.LowRankReserved(nn.Conv2d(4, 6, 3), 2).double()
+    layer.B.data.normal_()
+    x, weight = torch.randn(3, 4, 8, 8, dtype=torch.double), torch.randn(3, 6, 6, 6, dtype=torch.double)
+    g = dict(zip(("layer.weight", "B", "A"), torch.autograd.grad((layer(x) * weight).sum(), (layer.layer.weight, layer.B, layer.A))))
+    parts = gradients.parts({f"unet.L.{n}": v[None] for n, v in g.items()}, "L", layer)
+    h = 1e-6  # one small step of gradient descent on A and B
+    moved = (layer.B - h * g["B"]) @ (layer.A - h * g["A"])
+    assert torch.allclose((layer.B @ layer.A - moved) / h, parts["BA"][0], atol=1e-3)
+    assert torch.equal(parts["W_g+BA"], parts["W_g"] + parts["BA"])
+
+
+def test_gradients_estimates_agree_with_the_theory_where_its_assumptions_hold():
+    from experiments import gradients
+    torch.manual_seed(0)
+    m1, m2 = torch.randn(2, 24, 30)
+    m1, m2 = (m / m.norm(dim=1, keepdim=True) for m in (m1, m2 + 0.5 * m1))
+    rows = gradients.estimate(*(m + 3 * torch.randn(3000, 24, 30) for m in (m1, m2)))
+    r = rows[0]
+    assert abs(r["mu_1"] - 1) < 0.05 and abs(r["mu_2"] - 1) < 0.05 and abs(r["cos"] - float((m1 * m2).sum(1).mean())) < 0.05
+    assert abs(r["sigma_1"] - 3) < 0.02 and abs(r["anisotropy"] - 1) < 0.1 and abs(r["kurtosis"]) < 0.3 and 0.8 < r["quality"] <= 1
+    assert [r["a"] for r in rows] == list(gradients.RATIOS)
+    for r in rows:
+        assert abs(r["predicted"] - r["observed"]) < 0.05 and abs(r["projected"] - r["observed"]) < 0.05
+    stretched = gradients.estimate(*(m + 3 * (1 + 3 * (torch.arange(30) < 5)) * torch.randn(3000, 24, 30) for m in (m1, m2)))
+    assert max(abs(r["predicted"] - r["observed"]) for r in stretched) > 0.06  # and disagree where they don't
+    assert max(abs(r["projected"] - r["observed"]) for r in stretched) < 0.05
+
+
+def test_gradients_end_to_end_goes_on(tmp_path, capsys):
+    from experiments import gradients
+    own = ["--rows", str(tmp_path / "g.csv"), "--runs", str(tmp_path / "runs"), "--assets", str(tmp_path), "--samples", "300"]
+    assert gradients.main([*own, "--at", "3", *MINIATURE]) == 0
+    first = gradients.read_rows(tmp_path / "g.csv")
+    assert len(first) == 5 * 3 * (1 + 3) and {r["method"] for r in first} == {"DDPM", "CM"}
+    assert gradients.main([*own, "--at", "3", "6", *MINIATURE]) == 0
+    rows = gradients.read_rows(tmp_path / "g.csv")
+    assert [r for r in rows if r["step"] == "3"] == first and len(rows) == 2 * len(first) and (tmp_path / "gradients.png").is_file()
+    assert all(0 <= float(r[k]) <= 1 for r in rows for k in ("projected", "observed"))
+    shown = capsys.readouterr().out
+    assert gradients.main([*own, "--table"]) == 0 and capsys.readouterr().out in shown
+
+
+def test_divergence_end_to_end_goes_on(tmp_path, capsys):
+    from experiments import divergence
+    own = ["--rows", str(tmp_path / "d.csv"), "--runs", str(tmp_path / "runs"), "--assets", str(tmp_path), "--lr", "1e-3", "--steps", "4"]
+    assert divergence.main([*own, "--bases", "ddpm", *MINIATURE]) == 0
+    first = divergence.read_rows(tmp_path / "d.csv")
+    assert divergence.main([*own, "--bases", "ddpm", "oc", *MINIATURE]) == 0
+    rows = divergence.read_rows(tmp_path / "d.csv")
+    assert rows[:len(first)] == first and len(rows) == 2 * len(first) == 8 and (tmp_path / "divergence.png").is_file()
+    with open(tmp_path / "runs" / "oc-1e-3-inf" / "log.csv", newline="") as f:
+        assert [r["base_9"] for r in csv.DictReader(f)] == [r["base_9"] for r in rows if r["base"] == "oc" and r["margin"] == "inf"]
+    assert capsys.readouterr().out.count("| never | never |") >= 4
+
+
+def test_divergence_knows_who_ran_off_and_first():
+    from experiments import divergence
+    losses = {0: [1.2, 0.3, 0.2, 0.2], 1: [1.2, 0.3, 0.9, 2.0], 2: [1.2, 0.4, 7.0, "nan"]}
+    rows = [{"step": 10 * (i + 1), "counts": "100 10 1"} | {f"base_{k}": str(v[i]) for k, v in losses.items()} for i in range(4)]
+    assert [divergence.ran_off(rows, k) for k in losses] == [None, 40, 30]
+    w, first = divergence.condition(rows)
+    n = np.array([100, 10, 1])
+    assert np.allclose(w, 3 * n / 111 - 3 / (n * (1 / n).sum())) and first.tolist() == [math.inf, 40, 30]
 
 
 def test_assumptions_end_to_end(tmp_path, capsys):
