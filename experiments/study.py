@@ -98,7 +98,7 @@ def measure(method, seed, flags, directory, num_images):
             return [row | {"method": m} for m in rows_of(method)]
         c, ema, counts = cm.load_trained(out / "checkpoint.pt")
         seconds = (out / "checkpoint.pt").stat().st_mtime - began
-        row |= {"steps/s": (c.steps - first) / seconds if c.steps > first else float("nan"),
+        row |= {"steps/s": c.steps / seconds if first == 0 else float("nan"),  # a resumed run has no one speed
                 "peak MB": torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
         images, labels, _ = cm.load_dataset(c.dataset, c.data, c.image_size, train=False)
         device = "cuda" if cuda else "cpu"
@@ -202,12 +202,12 @@ def verdict(mean, half, seeds):
 def table(rows):
     """The tables in Markdown and the verdicts, as text."""
     present = [m for m in dict.fromkeys(n for m in METHODS for n in (m, f"{m}, θ_g")) if column(rows, m, "seed")]
-    spread = lambda v, digits: f"{np.mean(v):.{digits}f}" + (f" ± {np.std(v, ddof=1):.{digits}f}" if len(v) > 1 else "")
+    spread = lambda v, digits: "–" if not v else f"{np.mean(v):.{digits}f}" + (f" ± {np.std(v, ddof=1):.{digits}f}" if len(v) > 1 else "")
     shown = [(f"loss {s}", 5) for s in SPLITS[1:]] + [(f"FD {s}", 2) for s in SPLITS] + [("accuracy Few", 3), ("precision Few", 3), ("recall Few", 3),
                                                                                     ("steps/s", 1), ("peak MB", 0)]
     lines = ["| method | seeds | " + " | ".join(n for n, _ in shown) + " |", "| --- " * (len(shown) + 2) + "|"]
     for m in present:
-        cells = [spread(list(column(rows, m, n).values()), digits) for n, digits in shown]
+        cells = [spread([v for v in column(rows, m, n).values() if v == v or n != "steps/s"], digits) for n, digits in shown]
         lines.append(f"| {m} | {len(column(rows, m, 'seed'))} | " + " | ".join("ran off" if "nan" in c else c for c in cells) + " |")
     compared = [(m, base_of(m)) for m in present if m != base_of(m) and column(rows, base_of(m), "seed")]
     cell = lambda mean, half, n, scale, unit: f"{scale * mean:+.2f}{unit}" + (f" [{scale * (mean - half):+.2f}, {scale * (mean + half):+.2f}]" if half == half else "")
@@ -245,13 +245,15 @@ def draw(rows, assets, names):
     for axis, (name, title) in zip(figure.subplots(1, 2, sharey=True), [("loss Few", "held-out ε-loss on Few, %"), ("FD Few", "FD on Few, %")]):
         for i, (m, b) in enumerate(compared):
             mean, half, n = difference(rows, m, b, name, relative=True)
+            if mean > 1:
+                axis.text(0, i, " ran off", va="center", fontsize=8, color="C3")
+                continue
             axis.errorbar(100 * mean, i, xerr=None if np.isnan(half) else 100 * half, fmt="o" if n > 1 else "x", color="C0" if n > 1 else "C1", capsize=3)
         axis.axvline(0, color="k", lw=0.8)
         axis.set(title=title, xlabel="difference to the base (left: better)")
         axis.set_yticks(range(len(compared)), [f"{m} − {b}" for m, b in compared], fontsize=8)
-        axis.set_xscale("symlog", linthresh=10)
         axis.grid(alpha=0.3)
-    figure.axes[0].invert_yaxis()
+    figure.axes[0].set_ylim(len(compared) - 0.5, -0.5)
     figure.savefig(assets / "study_few.png", dpi=130)
 
 
