@@ -1571,6 +1571,11 @@ def test_readme_links_lead_to_the_equations():
         assert f"Eq. ({n})" in lines[int(line) - 1], (n, line)
 
 
+def test_readme_shows_the_studys_table_as_the_command_prints_it():
+    from experiments import study
+    assert study.table(study.read_rows(study.HERE / "results" / "study.csv")) in (HERE / "README.md").read_text()
+
+
 def test_readme_names_every_flag_it_shows():
     flags = {"--" + f.replace("_", "-") for f in cm.Config.__dataclass_fields__} | {"--help"}
     shown = set(re.findall(r"python cm\.py[^\n`|]*", (HERE / "README.md").read_text()))

@@ -10,6 +10,7 @@ Memory is what a step keeps for its backward pass.
 """
 
 import argparse
+import dataclasses
 import platform
 import tempfile
 import time
@@ -105,7 +106,7 @@ def network_rows(preset, batch_size, repeats):
             with torch.autocast("cuda", torch.bfloat16):
                 loss = losses["CM"]()
             loss.backward()
-        compiled = cm.CapacityManipulation(factorised, counts, cm.dataclasses.replace(c, compile=True)).to(device)
+        compiled = cm.CapacityManipulation(factorised, counts, dataclasses.replace(c, compile=True)).to(device)
         ratios["bf16"] = row("CM step in float32 over bfloat16", mixed, step("CM"), repeats)
         ratios["compile"] = row("CM step eager over compiled", lambda: compiled(x0, y, t, eps, y)[0].backward(), step("CM"), repeats)
     return ratios

@@ -11,6 +11,7 @@ Options that aren't its own go to cm.py.
 
 import argparse
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import scipy.stats
 
 import cm
-from experiments.study import read_rows, settings, write_rows
+from experiments.study import read_rows, settings, with_defaults, write_rows
 
 HERE = Path(__file__).parent
 MARGINS = ("inf", f"{cm.Config.div_margin:g}")
@@ -37,7 +38,7 @@ def run(base, lr, margin, steps, runs, flags):
             sys.exit(status)
     except FloatingPointError as e:
         end = re.search(r"not finite at step \d+", str(e))[0]
-    counts = cm.json.loads((out / "config.json").read_text())["counts"]
+    counts = json.loads((out / "config.json").read_text())["counts"]
     with open(out / "log.csv", newline="") as f:
         log = list(csv.DictReader(f))
     own = dict(base=base, lr=lr, margin=margin, end=end, counts=" ".join(map(str, counts)), options=settings(flags))
@@ -116,14 +117,11 @@ def main(argv=None):
     parser.add_argument("--assets", type=Path, default=HERE.parent / "assets")
     parser.add_argument("--table", action="store_true", help="only the table and the picture of the rows at hand")
     args, flags = parser.parse_known_args(argv)
-    for name, value in (("--dataset", "fashion"), ("--rank-ratio", "0.3"), ("--warmup", "100")):
-        flags = flags if name in flags else [*flags, name, value]
     try:
         if len(args.steps) != len(args.lr):
             raise ValueError(f"--steps has {len(args.steps)} numbers, --lr {len(args.lr)}; type one for each")
-        rows = read_rows(args.rows)
-        if not args.table and any(r["options"] != settings(flags) for r in rows):
-            raise ValueError(f"{args.rows} was made with other options ({rows[0]['options']}); name another file with --rows")
+        flags = with_defaults(flags, warmup="100")
+        rows = read_rows(args.rows, None if args.table else flags)
         for lr, steps in zip(args.lr, args.steps):
             for base in args.bases:
                 for margin in MARGINS:

@@ -28,7 +28,7 @@ from torch.func import functional_call, grad, vmap
 
 import cm
 import theory
-from experiments.study import read_rows, settings, write_rows
+from experiments.study import read_rows, settings, with_defaults, write_rows
 
 HERE = Path(__file__).parent
 RATIOS, N, BATCHES = (0.5, 0.6, 0.75, 0.9, 0.99), 100, 500
@@ -110,11 +110,8 @@ def measure(checkpoint, samples, seed=0):
 
 def study(path, runs, stops, samples, flags):
     """Train both methods from stop to stop and measure at each; what has rows is not measured again. Raises ValueError."""
-    for name, value in (("--dataset", "fashion"), ("--rank-ratio", "0.3"), ("--warmup", "100")):
-        flags = flags if name in flags else [*flags, name, value]
-    rows = read_rows(path)
-    if any(r["options"] != settings(flags) for r in rows):
-        raise ValueError(f"{path} was made with other options ({rows[0]['options']}); name another file with --rows")
+    flags = with_defaults(flags, warmup="100")
+    rows = read_rows(path, flags)
     for method, own in (("DDPM", ["--no-cm"]), ("CM", [])):
         for stop in sorted(stops):
             if any(r["method"] == method and int(r["step"]) == stop for r in rows):

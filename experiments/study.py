@@ -3,7 +3,7 @@
     python -m experiments.study --data /usr/share/datasets/fashion-mnist             # every run that has no row yet
     python -m experiments.study --data DIR --stage margin                            # only the sweep of div_margin
     python -m experiments.study --table                                              # tables, verdicts, pictures of the rows at hand
-    python -m experiments.study --data DIR --rows experiments/results/gpu.csv --jobs 1 --preset paper --image-size 32 --base ddpm
+    python -m experiments.study --data DIR --rows experiments/results/gpu.csv --preset paper --rank-ratio 0.1 --steps 100000   # a GPU, 32x32
 
 Options that aren't its own go to every run of cm.py. Each run has a process (on a CPU: one thread) and a directory of its own;
 a killed one goes on from its checkpoint, a finished one is a row of results/study.csv and is never run again.
@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import csv
 import fcntl
-import json
 import multiprocessing
 import os
 import re
@@ -29,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 import torch
+import torchvision
 
 import cm
 import fid
@@ -51,7 +51,7 @@ CLAIMS = ([(f"Tab. 2, 3: CM beats {m}", CM, m) for m in ("DDPM", "RS", "Focal", 
           + [("Tab. 7: θ beats θ_g", CM, f"{CM}, θ_g"), ("Tab. 7: CM beats CM without L_Con", CM, "CM, no L_Con"),
              ("Tab. 7: CM beats CM without L_Div", CM, "CM, no L_Div")]
           + [(f"Fig. 4b: λ = 1 beats {v}", CM, f"CM, λ = {v}") for v in ("0", "0.5", "1.5")]
-          + [(f"Fig. 4c: rank ratio 0.3 beats {v}", CM, f"CM, rank ratio {v}") for v in ("0.1", "0.5")])
+          + [(f"Fig. 4c: CM's rank ratio beats {v}", CM, f"CM, rank ratio {v}") for v in ("0.1", "0.5")])
 
 
 def base_of(method):
@@ -69,6 +69,16 @@ def rows_of(method):
 # Runs
 
 
+def with_defaults(flags, **defaults):
+    """The options for cm.py that were typed, after them our own where they weren't. Raises ValueError where cm.py would."""
+    defaults = {"dataset": "fashion", "rank_ratio": "0.3"} | defaults  # at 16 channels the paper's 0.1 is rank 1 to 3: README
+    for name, value in defaults.items():
+        option = "--" + name.replace("_", "-")
+        flags = flags if option in flags else [*flags, option, value]
+    cm.parse(flags)[0].resolved()
+    return flags
+
+
 def settings(flags):
     """The options that all rows of one table share: where the data lie doesn't matter."""
     at = flags.index("--data") if "--data" in flags else len(flags)
@@ -82,11 +92,9 @@ def measure(method, seed, flags, directory, num_images):
             contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         fcntl.flock(lock, fcntl.LOCK_EX)  # a study that was killed may have left this run's process behind
         out, cuda = directory / "run", torch.cuda.is_available()
-        argv = [*flags, *METHODS[method].split(), "--seed", str(seed), "--out", str(out)]
+        argv = [*flags, "--base", "ddpm", *METHODS[method].split(), "--seed", str(seed), "--out", str(out)]
         config, typed = cm.parse(argv + ["--resume"] * (out / "config.json").is_file())
-        status, began, first = "finished", time.time(), 0
-        if (out / "checkpoint.pt").is_file():
-            first = cm.load_checkpoint(out / "checkpoint.pt")["step"]
+        status, began, fresh = "finished", time.time(), not (out / "checkpoint.pt").is_file()
         try:
             if cm.train(config.resolved(), typed) != 0:
                 return None
@@ -98,12 +106,11 @@ def measure(method, seed, flags, directory, num_images):
             return [row | {"method": m} for m in rows_of(method)]
         c, ema, counts = cm.load_trained(out / "checkpoint.pt")
         seconds = (out / "checkpoint.pt").stat().st_mtime - began
-        row |= {"steps/s": c.steps / seconds if first == 0 else float("nan"),  # a resumed run has no one speed
+        row |= {"steps/s": c.steps / seconds if fresh else float("nan"),  # a resumed run has no one speed
                 "peak MB": torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
-        images, labels, _ = cm.load_dataset(c.dataset, c.data, c.image_size, train=False)
         device = "cuda" if cuda else "cpu"
-        held = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).contiguous().to(device)
-        loss, loss_g, d = cm.held_out_loss(ema.to(device), held, torch.from_numpy(labels).to(device), len(counts), per_class=200, times=10)
+        data = cm.Data(c, device)
+        loss, loss_g, d = cm.held_out_loss(ema.to(device), data.held_out, data.held_out_labels, len(counts), per_class=200, times=10)
         rows = []
         for name in rows_of(method):
             general = name != method
@@ -119,11 +126,16 @@ def measure(method, seed, flags, directory, num_images):
         return rows
 
 
-def read_rows(path):
+def read_rows(path, flags=None):
+    """The rows of a .csv, none where there is no file. Raises ValueError where they were made with other options than `flags`."""
     if not path.is_file():
         return []
     with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+        rows = list(csv.DictReader(f))
+    other = next((r["options"] for r in rows if r["options"] != settings(flags)), None) if flags is not None else None
+    if other is not None:
+        raise ValueError(f"{path} was made with other options ({other}); name another file with --rows")
+    return rows
 
 
 def write_rows(path, rows):
@@ -141,13 +153,8 @@ def write_rows(path, rows):
 
 def study(stages, path, runs, flags, jobs, num_images):
     """Run what has no row yet, `jobs` at a time, DDPM and CM first, then seed by seed. Raises ValueError on bad options; 0, or 1 where runs were stopped."""
-    flags = [*flags] if "--dataset" in flags else ["--dataset", "fashion", *flags]
-    for name, value in (("--steps", "6000"), ("--rank-ratio", "0.3")):  # at 16 channels the paper's 0.1 is rank 1 to 3: see README
-        flags = flags if name in flags else [*flags, name, value]
-    cm.parse([*flags])[0].resolved()
-    rows = read_rows(path)
-    if {settings(flags), *(r["options"] for r in rows)} != {settings(flags)}:
-        raise ValueError(f"{path} was made with other options ({rows[0]['options']}); name another file with --rows")
+    flags = with_defaults(flags, steps="6000")
+    rows = read_rows(path, flags)
     wanted = [(m, s) for stage in stages for s in range(STAGES[stage][1]) for m in STAGES[stage][0]]
     done = {(r["method"], int(r["seed"])) for r in rows}
     todo = [(m, s) for m, s in dict.fromkeys(wanted) if not all((n, s) in done for n in rows_of(m))]
@@ -202,13 +209,14 @@ def verdict(mean, half, seeds):
 def table(rows):
     """The tables in Markdown and the verdicts, as text."""
     present = [m for m in dict.fromkeys(n for m in METHODS for n in (m, f"{m}, θ_g")) if column(rows, m, "seed")]
+    off = lambda m: not np.mean(list(column(rows, m, "loss Few").values())) < 1  # worse than predicting no noise
     spread = lambda v, digits: "–" if not v else f"{np.mean(v):.{digits}f}" + (f" ± {np.std(v, ddof=1):.{digits}f}" if len(v) > 1 else "")
-    shown = [(f"loss {s}", 5) for s in SPLITS[1:]] + [(f"FD {s}", 2) for s in SPLITS] + [("accuracy Few", 3), ("precision Few", 3), ("recall Few", 3),
-                                                                                    ("steps/s", 1), ("peak MB", 0)]
+    shown = [(f"loss {s}", 4) for s in SPLITS[1:]] + [(f"FD {s}", 1) for s in SPLITS] + [
+        ("accuracy Few", 2), ("precision Few", 2), ("recall Few", 2), ("steps/s", 1), ("peak MB", 0)]
     lines = ["| method | seeds | " + " | ".join(n for n, _ in shown) + " |", "| --- " * (len(shown) + 2) + "|"]
     for m in present:
-        cells = [spread([v for v in column(rows, m, n).values() if v == v or n != "steps/s"], digits) for n, digits in shown]
-        lines.append(f"| {m} | {len(column(rows, m, 'seed'))} | " + " | ".join("ran off" if "nan" in c else c for c in cells) + " |")
+        cells = [spread([v for v in column(rows, m, n).values() if v == v], digits) for n, digits in shown]
+        lines.append(f"| {m} | {len(column(rows, m, 'seed'))} | " + " | ".join(["ran off"] * 3 + cells[3:] if off(m) else cells) + " |")
     compared = [(m, base_of(m)) for m in present if m != base_of(m) and column(rows, base_of(m), "seed")]
     cell = lambda mean, half, n, scale, unit: f"{scale * mean:+.2f}{unit}" + (f" [{scale * (mean - half):+.2f}, {scale * (mean + half):+.2f}]" if half == half else "")
     lines += ["", "Paired differences, mean and 95 % interval over seeds (below 0: better)", "",
@@ -216,10 +224,17 @@ def table(rows):
     for m, b in compared:
         cells = [cell(*difference(rows, m, b, f"loss {s}", relative=True), 100, " %") for s in SPLITS[1:]]
         cells += [cell(*difference(rows, m, b, f"FD {s}"), 1, "") for s in SPLITS]
-        lines.append(f"| {m} − {b} | " + " | ".join("ran off" if "nan" in c else c for c in cells) + " |")
+        lines.append(f"| {m} − {b} | " + " | ".join(["ran off"] * 7 if off(m) or off(b) else cells) + " |")
     lines += ["", "| the paper's result | FD overall | FD Few | held-out loss Few |", "| --- | --- | --- | --- |"]
-    lines += [f"| {claim} | " + " | ".join(verdict(*difference(rows, ours, other, n)) for n in ("FD overall", "FD Few", "loss Few")) + " |"
-              for claim, ours, other in CLAIMS]
+    missing = []
+    for claim, ours, other in CLAIMS:
+        words = [verdict(*difference(rows, ours, other, n)) for n in ("FD overall", "FD Few", "loss Few")]
+        if "not run" in words:
+            missing.append(claim)
+        else:
+            lines.append(f"| {claim} | " + " | ".join(words) + " |")
+    if missing:
+        lines += ["", "Not run yet: " + "; ".join(missing) + "."]
     return "\n".join(lines)
 
 
@@ -278,7 +293,7 @@ def main(argv=None):
         print(table(rows))
         names = sorted({int(k.split()[1]) for k in rows[0] if re.fullmatch(r"loss \d+", k)})
         c = cm.parse(rows[0]["options"].split())[0].resolved()
-        known = {"fashion": fid.torchvision.datasets.FashionMNIST.classes, "shapes": cm.SHAPES}.get(c.dataset)
+        known = {"fashion": torchvision.datasets.FashionMNIST.classes, "shapes": cm.SHAPES}.get(c.dataset)
         draw(rows, args.assets, [known[k] for k in names] if known else [str(k) for k in names])
         return status
     except (ValueError, OSError) as e:
