@@ -1399,8 +1399,12 @@ def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
 
 def test_study_options():
     from experiments import study
-    assert study.settings(["--data", "X", "--steps", "3"]) == study.settings(["--steps", "3", "--data", "Y"]) == "--steps 3"
-    assert study.with_defaults(["--rank-ratio", "0.1"], steps="7") == ["--rank-ratio", "0.1", "--dataset", "fashion", "--steps", "7"]
+    assert study.settings(["--data", "X", "--steps", "3"]) == study.settings(["--steps", "3", "--data", "Y Z"]) == "--steps 3"
+    assert study.settings(["--steps", "3", "--lr", "1"]) == study.settings(["--lr", "1", "--steps", "3"]) == "--lr 1 --steps 3"
+    for typed in (["--rank-ratio", "0.1"], ["--rank-ratio=0.1"]):
+        assert study.with_defaults(typed, steps="7") == ["--rank-ratio", "0.1", "--dataset", "fashion", "--steps", "7"]
+    for name, own in (("study", {"steps": "6000"}), ("divergence", {"warmup": "100"}), ("gradients", {"warmup": "100"})):  # the tables here can go on
+        assert study.read_rows(study.HERE / "results" / f"{name}.csv", study.with_defaults([], **own))
     with pytest.raises(ValueError, match="rank-ratio"):
         study.with_defaults(["--rank-ratio", "2"])
 

@@ -71,6 +71,7 @@ def rows_of(method):
 
 def with_defaults(flags, **defaults):
     """The options for cm.py that were typed, after them our own where they weren't. Raises ValueError where cm.py would."""
+    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]  # --name=value too
     defaults = {"dataset": "fashion", "rank_ratio": "0.3"} | defaults  # at 16 channels the paper's 0.1 is rank 1 to 3: README
     for name, value in defaults.items():
         option = "--" + name.replace("_", "-")
@@ -80,9 +81,9 @@ def with_defaults(flags, **defaults):
 
 
 def settings(flags):
-    """The options that all rows of one table share: where the data lie doesn't matter."""
-    at = flags.index("--data") if "--data" in flags else len(flags)
-    return " ".join(flags[:at] + flags[at + 2:])
+    """The options that all rows of one table share: their order and where the data lie don't matter."""
+    options = re.split(" (?=--)", " ".join(flags))
+    return " ".join(sorted(o for o in options if o.split(" ")[0] != "--data"))
 
 
 def measure(method, seed, flags, directory, num_images):
