@@ -84,8 +84,8 @@ class Config:
     no_cm: bool = option("method", False, "the plain network: no reservation, base loss only")
     rank_ratio: float = option("method", 0.1, "rank of BA over full rank (Eq. 1, Sec. G.1)")
     lam: float = option("method", 1.0, "lambda, weight of L_CM (Eq. 4)")
-    div_margin: float = option("method", 0.01, "distance up to which divergence is rewarded; inf is Eq. (2) as "
-                                               "printed, which has no minimum (README)")
+    div_margin: float = option("method", 0.003, "distance up to which divergence is rewarded; inf is Eq. (2) as "
+                                                "printed, which has no minimum (README)")
     no_con: bool = option("method", False, "without L_Con (Tab. 7)")
     no_div: bool = option("method", False, "without L_Div (Tab. 7)")
     base: str = option("method", None, "base loss (Sec. 3.2, D)", choices=["oc", "ddpm", "cbdm", "focal"])

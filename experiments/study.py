@@ -58,7 +58,9 @@ def base_of(method):
     """What a method's difference is taken to: the plain network of its base loss; for ablations the whole method."""
     if method.startswith("CM on "):
         return method[6:]
-    return CM if method in STAGES["ablation"][0] or method.endswith("θ_g") else "DDPM"
+    if method.endswith(", θ_g"):
+        return method[:-5]
+    return CM if method in STAGES["ablation"][0] else "DDPM"
 
 
 def rows_of(method):
@@ -234,8 +236,9 @@ def table(rows):
             missing.append(claim)
         else:
             lines.append(f"| {claim} | " + " | ".join(words) + " |")
-    if missing:
-        lines += ["", "Not run yet: " + "; ".join(missing) + "."]
+    runs = {(m, s) for methods, seeds in STAGES.values() for m in methods for s in range(seeds)}
+    done = sum(s in column(rows, m, "seed") for m, s in runs)
+    lines += ["", f"{done} of {len(runs)} runs are done." + (f" No verdict yet: {'; '.join(missing)}." if missing else "")]
     return "\n".join(lines)
 
 
