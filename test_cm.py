@@ -1422,6 +1422,8 @@ def test_study_intervals_and_verdicts():
     says = study.verdict
     assert says(-2, 1, 3) == "reproduced" and says(2, 1, 3) == "not reproduced" and says(-1, 2, 3) == "not decidable at this scale"
     assert says(-1, math.nan, 1) == "not decidable at this scale (one seed)" and says(math.nan, math.nan, 0) == "not run"
+    ends = [{"method": m, "seed": "0", "loss Few": v, "FD Few": f} for m, v, f in (("worse", "0.05", "190"), ("gone", "9e3", "300"), ("nan", "", ""))]
+    assert [study.off(ends, m) for m in ("worse", "gone", "nan")] == [False, True, True]
 
 
 def test_pruning_share_is_exact_and_takes_the_smallest(tmp_path, capsys):
