@@ -68,7 +68,7 @@ def network_rows(preset, batch_size, repeats):
     omega_con, omega_div = cm_loss.omega_con[y], cm_loss.omega_div[y]
 
     def two_passes():
-        x_t = cm.add_noise(x0, t, eps, alpha_bar).contiguous(memory_format=torch.channels_last)
+        x_t = cm.add_noise(x0, t, eps, alpha_bar)
         with cm.same_masks(x_t), cm.general_only(factorised):
             eps_theta_g = factorised(x_t, t, y)
         eps_theta = factorised(x_t, t, y)
