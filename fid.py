@@ -295,8 +295,8 @@ def read_images(path):
         raise ValueError(f"{path} holds no arr_0 of uint8 [N, H, W, 1 or 3]")
     if len(x) < 2:
         raise ValueError(f"{path} holds {len(x)} image; a distribution needs at least two")
-    if labels is not None and (labels.shape != x.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
-        raise ValueError(f"{path}: arr_1 must hold one integer label an image")
+    if labels is not None and (labels.shape != x.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0):
+        raise ValueError(f"{path}: arr_1 must hold one integer label an image, from 0")
     return (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), None if labels is None else torch.from_numpy(labels).long(),
             None if counts is None else [int(n) for n in counts])
 
@@ -346,7 +346,7 @@ def evaluate(samples, dataset=None, data=None, reference=None, features="incepti
         raise ValueError("the real images are missing: type --dataset NAME, or --reference with an .npz or a folder")
     if real.shape[1:] != images.shape[1:]:
         raise ValueError(f"sizes differ: samples are {list(images.shape[1:])}, real images {list(real.shape[1:])}")
-    if labels is not None and real_labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+    if labels is not None and real_labels is not None and labels.max() >= num_classes:
         raise ValueError(f"{samples} has labels from {int(labels.min())} to {int(labels.max())}; the real set has classes 0 to {num_classes - 1}")
     if counts is not None and real_labels is not None and len(counts) != num_classes:
         raise ValueError(f"{samples} has counts of {len(counts)} classes, the real set has {num_classes}")

@@ -1141,6 +1141,7 @@ def test_fid_end_to_end_with_inception_and_folders(sampled, both_inceptions, cap
     ("none.npz --dataset shapes", "can't be read"), ("text.npz --dataset shapes", "can't be read"), ("good.npz", "real images are missing"),
     ("one.npz --dataset shapes", "1 image"), ("float.npz --dataset shapes", "no arr_0 of uint8"), ("empty --dataset shapes", "no images"),
     ("foreign.npz --dataset shapes --features classifier", "labels from 0 to 10"), ("good.npz --reference big.npz", "sizes differ"),
+    ("good.npz --reference unlabelled.npz --features classifier", "one integer label an image, from 0"),
     ("good.npz --reference plain.npz --features classifier", "needs real images with labels"), ("good.npz --dataset mnist", "invalid choice"),
     ("good.npz --dataset shapes --weights text.npz", "can't be read as PyTorch weights"), ("good.npz --dataset shapes --json none/x.json", "not a directory"),
     ("good.npz --dataset shapes --device abacus", "--device abacus"), ("good.npz --dataset shapes", "6726825d")])
@@ -1154,6 +1155,7 @@ def test_fid_bad_input_is_one_line_and_status_2(sampled, arguments, says, capfd,
     np.savez("foreign.npz", arr_0=x, arr_1=np.where(np.arange(len(y)) == 3, 10, y), counts=counts)
     np.savez("big.npz", arr_0=x.repeat(2, 1).repeat(2, 2))
     np.savez("plain.npz", arr_0=x)
+    np.savez("unlabelled.npz", arr_0=x, arr_1=np.full(len(x), -1))
     before = snapshot(sampled)
     with pytest.raises(SystemExit) as stopped:
         fid.main(arguments.split())
