@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import importlib
 import json
 import math
 import os
@@ -1329,8 +1330,24 @@ def test_theory_exits_with_1_where_a_formula_is_wrong(monkeypatch, capsys):
 # experiments/
 
 
+@pytest.mark.parametrize("script, arguments, says", [
+    ("study", "--jobs 0", "--jobs is 0"), ("study", "--steps x", "invalid int"), ("study", "--table", "has no rows"),
+    ("divergence", "--steps 5", "one for each"), ("gradients", "--samples 10", "--samples is 10"), ("pruning", "", "--table"),
+    ("pruning", "none.pt", "can't be loaded"), ("benchmark", "--repeats 0", "at least 1"), ("benchmark", "--size x", "invalid int"),
+    ("assumptions", "--trials 0", "--trials is 0"), ("assumptions", "--seed x", "invalid int")])
+def test_experiments_bad_input_is_one_line_and_status_2(script, arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = ["--rows", "rows.csv", "--assets", "."] * (script not in ("benchmark", "assumptions")) + ["--out", "."] * (script == "assumptions")
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"experiments.{script}").main(own + arguments.split())
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and says in err and len(err.splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
 def test_benchmark_in_a_miniature(capsys):
     pytest.importorskip("torch_fidelity")
+    pytest.importorskip("diffusers")
     from experiments import benchmark
     benchmark.main(["--repeats", "1", "--size", "200", "--dim", "64", "--preset", "small", "--batch-size", "2"])
     lines = capsys.readouterr().out.splitlines()

@@ -141,12 +141,15 @@ def draw(shapes, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="assumptions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = theory.fail
     parser.add_argument("--trials", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=10, help="random gradients a rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE.parent, help="where experiments/results/ and assets/ lie")
     args = parser.parse_args(argv)
+    if min(args.trials, args.repeats) < 1 or args.seed < 0:
+        theory.fail(f"--trials is {args.trials}, --repeats {args.repeats}, --seed {args.seed}; they must be at least 1, 1 and 0")
     results = args.out / "experiments" / "results" / "assumptions.csv"
     results.parent.mkdir(parents=True, exist_ok=True)
 

@@ -121,13 +121,21 @@ def features(n, d=2048, seed=0):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = cm.fail
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, default=10_000, help="features a set")
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--preset", choices=list(cm.PRESETS), default="paper", help="the network")
     parser.add_argument("--batch-size", type=int, default=64 if torch.cuda.is_available() else 4)
     args = parser.parse_args(argv)
+    if min(args.repeats, args.size, args.dim, args.batch_size) < 1:
+        cm.fail("--repeats, --size, --dim and --batch-size must be at least 1")
+    try:
+        import diffusers  # noqa: F401, network_rows' peer; a missing one is said before minutes of measuring
+        import torch_fidelity
+    except ImportError as e:
+        cm.fail(f"{e.name} is missing; pip install diffusers torch-fidelity")
     print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
           f"medians of {args.repeats}\n{'B over A':64} {'A':>10} {'B':>10}   B / A")
     network_rows(args.preset, args.batch_size, args.repeats)
@@ -138,7 +146,6 @@ def main(argv=None):
             rng.standard_normal(2**22, np.float32)
     row("theory.simulate over drawing its Gaussians on one thread", draw,
         lambda: theory.simulate((n1, n2), theory.two_means(1.0, 0.0, 8), 8.0, trials=trials), args.repeats)
-    import torch_fidelity
     from torch_fidelity import metric_fid, metric_kid, metric_prc
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     print(f"\ntorch-fidelity {torch_fidelity.__version__} (B) over ours (A)")
