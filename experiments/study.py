@@ -39,11 +39,12 @@ CM = f"CM, m = {cm.Config.div_margin:g}"
 METHODS = {"DDPM": "--no-cm", "RS": "--no-cm --resample 0.5", "Focal": "--no-cm --base focal", "CBDM": "--no-cm --base cbdm",
            "OC": "--no-cm --base oc", "CM on CBDM": "--base cbdm", "CM on OC": "--base oc"}
 METHODS |= {f"CM, m = {m}": f"--div-margin {m}" for m in MARGINS}
-METHODS |= {"CM, no L_Con": "--no-con", "CM, no L_Div": "--no-div", "CM, λ = 0": "--lam 0", "CM, λ = 0.5": "--lam 0.5", "CM, λ = 1.5": "--lam 1.5",
-            "CM, rank ratio 0.1": "--rank-ratio 0.1", "CM, rank ratio 0.5": "--rank-ratio 0.5"}
+ABLATIONS = {"CM, no L_Con": "--no-con", "CM, no L_Div": "--no-div", "CM, λ = 0": "--lam 0"}  # Tab. 7 right; λ = 0 is Eq. (1) without Eq. (2)
+SWEEPS = {"CM, λ = 0.5": "--lam 0.5", "CM, λ = 1.5": "--lam 1.5", "CM, rank ratio 0.1": "--rank-ratio 0.1", "CM, rank ratio 0.5": "--rank-ratio 0.5"}
+METHODS |= ABLATIONS | SWEEPS
 STAGES = {"margin": (["DDPM"] + [f"CM, m = {m}" for m in MARGINS], 3),
           "main": (["DDPM", CM, "OC", "CM on OC", "CBDM", "CM on CBDM", "RS", "Focal"], 3),  # Tab. 2, 3, 7 left, Fig. 4a
-          "ablation": ([m for m in METHODS if "no L" in m or "λ" in m or "rank" in m], 1)}  # Tab. 7 right, Fig. 4b, 4c
+          "ablation": (list(ABLATIONS), 3), "sweep": (list(SWEEPS), 1)}  # Fig. 4b, 4c
 SPLITS = ("overall", "Many", "Medium", "Few")
 # (what the paper reports, our better method, our worse one): on FD, and on the Few split
 CLAIMS = ([(f"Tab. 2, 3: CM beats {m}", CM, m) for m in ("DDPM", "RS", "Focal", "CBDM", "OC")]
@@ -60,7 +61,7 @@ def base_of(method):
         return method[6:]
     if method.endswith(", θ_g"):
         return method[:-5]
-    return CM if method in STAGES["ablation"][0] else "DDPM"
+    return CM if method in ABLATIONS | SWEEPS else "DDPM"
 
 
 def rows_of(method):
