@@ -47,9 +47,9 @@ T = 1000  # diffusion steps (Sec. G.1)
 
 PRESETS = {
     "paper": dict(image_size=32, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1, batch_size=64,
-                  steps=300_000, lr=2e-4, warmup=5000, base="oc", log_every=500, checkpoint_every=5000),
+                  steps=300_000, lr=2e-4, warmup=5000, base="oc", rank_ratio=0.1, log_every=500, checkpoint_every=5000),
     "small": dict(image_size=16, channels=16, multipliers=(1, 2, 2), blocks=1, attention=(), dropout=0.0, batch_size=32,
-                  steps=4200, lr=3e-3, warmup=None, base="ddpm", log_every=50, checkpoint_every=500),
+                  steps=4200, lr=3e-3, warmup=None, base="ddpm", rank_ratio=0.3, log_every=50, checkpoint_every=500),
 }
 DATASETS = {"shapes": "small", "fashion": "small", "cifar10": "paper", "cifar100": "paper", "folder": "paper"}
 
@@ -69,7 +69,8 @@ class Config:
                                      "(Sec. 4.1) [default: 100; folder: 1]")
     resample: float = option("data", 1.0, "draw classes with p_c ~ N_c^q: 0.5 square root, 0 class-balanced, 1 off "
                                           "(Sec. 4.1, RS)", metavar="Q")
-    no_flip: bool = option("data", False, "no horizontal flips")
+    flip: bool = option("data", None, "horizontal flips [default: yes, but fashion no: its shoes all point one way]")
+    n_max: int = option("data", None, "images in the largest class, the others by --ir [default: all]")
 
     preset: str = option("network", None, "CPU-sized, or the paper's (Sec. G.1) [default: small for shapes and "
                                           "fashion, else paper]", choices=list(PRESETS))
@@ -82,7 +83,7 @@ class Config:
     unconditional: bool = option("network", False, "no labels in the network; the loss still weighs by class")
 
     no_cm: bool = option("method", False, "the plain network: no reservation, base loss only")
-    rank_ratio: float = option("method", 0.1, "rank of BA over full rank (Eq. 1, Sec. G.1)")
+    rank_ratio: float = option("method", None, "rank of BA over full rank (Eq. 1, Sec. G.1)")
     lam: float = option("method", 1.0, "lambda, weight of L_CM (Eq. 4)")
     div_margin: float = option("method", 0.003, "distance up to which divergence is rewarded; inf is Eq. (2) as "
                                                 "printed, which has no minimum (README)")
@@ -131,6 +132,8 @@ class Config:
                 setattr(c, name, value)
         if c.ir is None:
             c.ir = 1.0 if c.dataset == "folder" else 100.0
+        if c.flip is None:
+            c.flip = c.dataset != "fashion"
         if c.warmup is None:  # the paper's 5,000 of 300,000, scaled to the planned length
             c.warmup = max(1, c.steps // 60)
         c.out = c.out or f"runs/{c.dataset}"
@@ -140,12 +143,14 @@ class Config:
             check(getattr(c, name) >= 1, name, getattr(c, name), "at least 1")
         for name in ("lam", "resample", "warmup", "seed", "lr"):
             check(0 <= getattr(c, name) < math.inf, name, getattr(c, name), "at least 0")
+        check(c.seed < 2**63, "seed", c.seed, "below 2^63")
         for name in ("dropout", "label_drop", "ema"):
             check(0 <= getattr(c, name) < 1, name, getattr(c, name), "in [0, 1)")
+        check(c.n_max is None or c.n_max >= 1, "n_max", c.n_max, "at least 1")
         check(0 < c.rank_ratio <= 1, "rank_ratio", c.rank_ratio, "in (0, 1]")
         check(c.div_margin >= 0, "div_margin", c.div_margin, "at least 0")
         check(math.isfinite(c.guidance), "guidance", c.guidance, "a finite number")
-        check(c.sample_steps is None or 1 <= c.sample_steps <= T, "sample_steps", c.sample_steps, f"from 1 to {T}")
+        sampler_steps(c.sampler, c.sample_steps)
         check(c.channels % 2 == 0, "channels", c.channels, "even")
         check(min(c.multipliers) >= 1, "multipliers", c.multipliers, "at least 1 a level")
         stride = 2 ** (len(c.multipliers) - 1)
@@ -178,19 +183,23 @@ def class_counts(n_max, ir, num_classes):
     return counts
 
 
-def long_tail_indices(labels, ir, seed=0):
-    """Indices of the long-tailed subset of `labels` [N], class by class; ir = 1 keeps all N.
+def long_tail_indices(labels, ir, seed=0, n_max=None):
+    """Indices of the long-tailed subset of `labels` [N], class by class; ir = 1 without n_max keeps all N.
 
-    As in the code that everyone's figures come from: RandomState(seed), classes in order, each class's
-    indices shuffled, the first N_c taken; n_max = N / C, or the smallest class where classes differ."""
+    As in the code that everyone's figures come from: RandomState(seed), classes in order, each class's indices
+    shuffled, the first N_c taken; n_max = N / C, or the smallest class where classes differ. A smaller `n_max` takes
+    the first of the same order. Raises ValueError where a class has fewer images than its N_c."""
     labels = np.asarray(labels)
-    if ir == 1:
+    if ir == 1 and n_max is None:
         return np.arange(len(labels))
     sizes = np.bincount(labels)
-    n_max = len(labels) / len(sizes) if sizes.min() == sizes.max() else sizes.min()
+    if n_max is None:
+        n_max = len(labels) / len(sizes) if sizes.min() == sizes.max() else sizes.min()
     counts = class_counts(n_max, ir, len(sizes))
     rng, chosen = np.random.RandomState(seed), []
     for c, n in enumerate(counts):
+        if n > sizes[c]:
+            raise ValueError(f"--n-max {n_max} asks for {n} images of class {c}, which has {sizes[c]}")
         index = np.where(labels == c)[0]
         rng.shuffle(index)
         chosen.append(index[:n])
@@ -387,7 +396,7 @@ class Data:
 
     def __init__(self, c, device="cpu"):
         images, labels, self.names = load_dataset(c.dataset, c.data, c.image_size)
-        index = long_tail_indices(labels, c.ir)
+        index = long_tail_indices(labels, c.ir, n_max=c.n_max)
         index = index[np.argsort(labels[index], kind="stable")]
         chw = lambda a: torch.from_numpy(np.ascontiguousarray(a)).permute(0, 3, 1, 2).contiguous().to(device)
         self.images, self.labels = chw(images[index]), torch.from_numpy(labels[index]).to(device)
@@ -571,7 +580,7 @@ class LowRankReserved(nn.Module):
         if self.general:
             return w_g
         with torch.autocast(w_g.device.type, enabled=False):  # bfloat16 would round a small BA away
-            return torch.addmm(w_g.flatten(1), self.B, self.A).view(w_g.shape)  # Eq. (1): W = W_g + BA
+            return w_g + (self.B @ self.A).view_as(w_g)  # Eq. (1); the sum keeps W_g's memory layout, channels-last
 
     @property
     def bias(self):
@@ -767,6 +776,16 @@ class CapacityManipulation(nn.Module):
 # Training
 
 
+def hashed_seed(purpose, *numbers):
+    """One integer for `manual_seed` from a purpose (at most 8 letters) and integers from 0 to 2^63 - 1.
+
+    PyTorch's CPU generators keep only the low 32 bits of a seed: sums and shifts of a run's seed and its step would
+    give two runs the same draws. Hashed, different (purpose, seed, step or image, process) are unrelated."""
+    words = [int.from_bytes(purpose.encode(), "little"), *numbers]
+    words = [half for word in words for half in (word % 2**32, word >> 32)]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
 def make_unet(c, num_classes, image_channels):
     """The UNet of a run, its decoder factorised unless --no-cm."""
     unet = UNet(None if c.unconditional else num_classes, image_channels, c.image_size, c.channels, c.multipliers,
@@ -776,11 +795,11 @@ def make_unet(c, num_classes, image_channels):
     return unet
 
 
-def draw_batch(data, c, size, step, rank=0, world=1):
+def draw_batch(data, c, size, step, rank=0):
     """One step's x0, y, t, eps and y_in. Also seeds what `forward` draws, all by (seed, step, rank): so a resumed run
     draws what the uninterrupted one draws, and runs of different methods see the same batches."""
-    torch.manual_seed(((c.seed << 32) + step) * world + rank)
-    x0, y = data.batch(size, c.resample, not c.no_flip)
+    torch.manual_seed(hashed_seed("batch", c.seed, step, rank))
+    x0, y = data.batch(size, c.resample, c.flip)
     t = torch.randint(T, (size,), device=x0.device)
     eps = torch.randn_like(x0)
     y_in = torch.where(torch.rand(size, device=x0.device) < c.label_drop, -1, y)
@@ -942,7 +961,7 @@ def train(c, typed=frozenset()):
     if world > 1 and rank == 0:
         dist.barrier()
 
-    torch.manual_seed(c.seed)
+    torch.manual_seed(hashed_seed("weights", c.seed))
     unet = make_unet(c, len(data.names), data.images.shape[1]).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
     losses = CapacityManipulation(unet, data.counts, c).to(device)
@@ -983,7 +1002,7 @@ def train(c, typed=frozenset()):
     for step in range(first + 1, c.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = c.lr * min(1.0, step / max(1, c.warmup))
-        batch = draw_batch(data, c, c.batch_size // world, step, rank, world)
+        batch = draw_batch(data, c, c.batch_size // world, step, rank)
         with autocast:
             loss, base, cm, d = model(*batch)
         if not torch.isfinite(loss):
@@ -1052,6 +1071,18 @@ def say_if_long(seconds, c, progress):
 # Sampling: three samplers, one update
 
 
+def sampler_steps(sampler, steps=None):
+    """The number of steps, by default ddim 50, ddpm 1000, dpm 15. Raises ValueError where its grid would be none."""
+    if sampler not in ("ddim", "ddpm", "dpm"):
+        raise ValueError(f"unknown sampler {sampler!r}; choose ddim, ddpm or dpm")
+    steps = {"ddim": 50, "ddpm": T, "dpm": 15}[sampler] if steps is None else steps
+    if sampler == "dpm" and not 1 <= steps < T:
+        raise ValueError(f"--sample-steps is {steps}; dpm takes 1 to {T - 1}")
+    if sampler != "dpm" and not (1 <= steps <= T // 2 or steps == T):  # between them the grid would start far below T
+        raise ValueError(f"--sample-steps is {steps}; {sampler} takes 1 to {T // 2}, or {T}")
+    return steps
+
+
 @torch.no_grad()
 def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0, seeds=None, alpha_bar=None):
     """Images [B, C, H, W] in [-1, 1] from eps-function or UNet `model(x, t, y)`, in eval mode.
@@ -1064,11 +1095,7 @@ def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0,
         ddpm      sqrt(beta)           as predicted (Algorithm C.1, sigma_t^2 = beta_t)
         dpm       none                 x_0 extrapolated from the last two (DPM-Solver++ 2M)
     """
-    if sampler not in ("ddim", "ddpm", "dpm"):
-        raise ValueError(f"unknown sampler {sampler!r}; choose ddim, ddpm or dpm")
-    steps = steps or {"ddim": 50, "ddpm": T, "dpm": 15}[sampler]
-    if not 1 <= steps <= T:
-        raise ValueError(f"{sampler} with {steps} steps: there are {T}")
+    steps = sampler_steps(sampler, steps)
     alpha_bar = (make_alpha_bar() if alpha_bar is None else alpha_bar).tolist()
     if sampler == "dpm":
         times = np.linspace(0, T - 1, steps + 1).round()[:0:-1].astype(int).tolist()
@@ -1130,7 +1157,7 @@ def generate(c):
     with tqdm(total=num_images, unit="image") as progress:
         for i in range(0, num_images, c.sample_batch):
             y = labels[i:i + c.sample_batch]
-            seeds = [(c.seed << 32) + i + j for j in range(len(y))]
+            seeds = [hashed_seed("image", c.seed, i + j) for j in range(len(y))]
             x = sample(unet, y.to(device) if not trained.unconditional else torch.full_like(y, -1).to(device), shape,
                        c.sampler, c.sample_steps, c.guidance, seeds)
             images[i:i + len(y)] = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
@@ -1205,8 +1232,9 @@ def draw_samples(ema, data, c, path, columns=8):
     real = [data.images[int(data.starts[k]) + j % int(data.counts[k])] for k in shown for j in range(columns)]
     panels = [("real (training set)", torch.stack(real))]
     y_in = torch.full_like(y, -1) if c.unconditional else y
-    draw = lambda unet: torch.cat([to_uint8(sample(unet, part, data.images.shape[1:], seeds=range(i, i + len(part))))
-                                   for i, part in zip(range(0, len(y), 250), y_in.split(250))])
+    seeds = [hashed_seed("image", c.seed, i) for i in range(len(y))]
+    draw = lambda unet: torch.cat([to_uint8(sample(unet, y_in[i:i + 250], data.images.shape[1:], seeds=seeds[i:i + 250]))
+                                   for i in range(0, len(y), 250)])
     panels.append(("θ", draw(merge(ema))))
     if not c.no_cm:
         with general_only(ema):
@@ -1267,7 +1295,7 @@ def parse(argv):
         elif field.default is not None and field.type is not bool:
             text += f" [default: {field.default}]"
         if field.type is bool:
-            extra["action"] = "store_true"
+            extra["action"] = argparse.BooleanOptionalAction if field.default is None else "store_true"
         else:
             extra.setdefault("type", field.type)
             if field.type is tuple:

@@ -82,6 +82,11 @@ def test_long_tail_indices_follow_the_published_procedure():
         expected.extend(index[: int(60 * 0.05 ** (c / 9.0))])
     assert cm.long_tail_indices(labels, 20).tolist() == expected
     assert cm.long_tail_indices(labels, 1).tolist() == list(range(600))
+    few = cm.long_tail_indices(labels, 20, n_max=30)  # the same order, fewer of each
+    for c in range(10):
+        own, fewer = (i[labels[i] == c] for i in (np.array(expected), few))
+        assert len(fewer) == int(30 * 0.05 ** (c / 9.0)) and fewer.tolist() == own[:len(fewer)].tolist()
+    assert np.bincount(labels[cm.long_tail_indices(labels, 1, n_max=7)]).tolist() == [7] * 10
     uneven = np.repeat([0, 1, 2], [50, 30, 40])
     assert np.bincount(uneven[cm.long_tail_indices(uneven, 10)]).tolist() == [30, 9, 3]
 
@@ -186,6 +191,21 @@ def test_folder_with_train_and_without_val(tmp_path):
     assert data.names == ["a", "b"] and data.held_out_name == "TRAINING images"
     from PIL import Image
     assert (data.images[0].permute(1, 2, 0).numpy() == np.asarray(Image.open(tmp_path / "t/train/a/0.png"))).all()
+
+
+def test_seeds_of_any_size_steps_processes_and_purposes_are_unrelated():
+    keys = [(p, s, i, r) for p in ("batch", "image") for s in (0, 1, 2**31, 2**32, 2**32 + 1, 2**63 - 1)
+            for i in (0, 1, 2**32) for r in (0, 1)]
+    seeds = [cm.hashed_seed(*k) for k in keys]
+    assert len({s % 2**32 for s in seeds}) == len(keys)  # the low 32 bits are what the CPU's generator keeps
+    assert cm.hashed_seed("batch", 5, 7, 1) == cm.hashed_seed("batch", 5, 7, 1)
+    data, drawn = cm.Data(config(dataset="shapes")), []
+    for seed, step, rank in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), (2**32, 0, 0)):
+        drawn.append(cm.draw_batch(data, config(dataset="shapes", seed=seed), 32, step, rank))
+    for i, a in enumerate(drawn):
+        for b in drawn[:i]:
+            assert all((x != y).any() for x, y in zip(a, b))
+    assert all(torch.equal(x, y) for x, y in zip(drawn[1], cm.draw_batch(data, config(dataset="shapes"), 32, 1)))
 
 
 def test_batches_are_drawn_by_frequency_to_the_power_q():
@@ -724,7 +744,7 @@ def test_general_only_samples_theta_g(tmp_path):
     with cm.general_only(unet):
         plain_g = cm.merge(unet)
     for plain, saved in zip((cm.merge(unet), plain_g), images):
-        x = cm.sample(plain, torch.tensor([0, 1]), (3, 8, 8), steps=4, seeds=(0, 1))
+        x = cm.sample(plain, torch.tensor([0, 1]), (3, 8, 8), steps=4, seeds=[cm.hashed_seed("image", 0, i) for i in (0, 1)])
         assert abs(cm.to_uint8(x).permute(0, 2, 3, 1).numpy().astype(int) - saved).max() <= 1
     assert (images[0] != images[1]).any()
 
@@ -862,6 +882,11 @@ BAD = {  # name: (arguments, what the line must say); {d} is a directory with th
     "sample of a truncated checkpoint": ("--sample {d}/cut/checkpoint.pt", "truncated"),
     "label out of range": ("--sample {d}/run/checkpoint.pt --labels 3 10", "--labels 10 is out of range"),
     "too many sampler steps": ("--sample {d}/run/checkpoint.pt --sample-steps 1001", "--sample-steps is 1001"),
+    "a DDIM grid that starts low": ("--sample {d}/run/checkpoint.pt --sample-steps 501", "ddim takes 1 to 500, or 1000"),
+    "a DPM grid with a step twice": ("--sample {d}/run/checkpoint.pt --sampler dpm --sample-steps 1000", "dpm takes 1 to 999"),
+    "n-max over the class": ("--n-max 1001", "--n-max 1001 asks for 1001 images of class 0, which has 1000"),
+    "n-max 0": ("--n-max 0", "--n-max is 0"),
+    "seed of 64 bits": ("--seed 9223372036854775808", "below 2^63"),
     "no images": ("--sample {d}/run/checkpoint.pt --num-images 0", "--num-images is 0"),
     "samples into nowhere": ("--sample {d}/run/checkpoint.pt --out {d}/none/s.npz", "not a directory"),
     "samples not npz": ("--sample {d}/run/checkpoint.pt --out {d}/s.png", ".npz"),
@@ -927,7 +952,7 @@ def test_help_shows_every_option_with_its_default(capsys):
     assert stopped.value.code == 0
     for name, field in cm.Config.__dataclass_fields__.items():
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name
-    assert "paper 300,000" in text and "Sec. G.1" in text and "[default: 0.1]" in text
+    assert "paper 300,000" in text and "Sec. G.1" in text and "[default: paper 0.1, small 0.3]" in text and "--no-flip" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def measure(checkpoint, samples, seed=0):
     gradients = []
     for k in (int(np.argmax(counts)), int(np.argmin(counts))):
         x0 = cm.to_float(data.images[data.starts[k] + torch.randint(counts[k], (samples,))])
-        x0 = torch.where(torch.rand(samples, 1, 1, 1) < 0.5 * (not c.no_flip), x0.flip(3), x0)
+        x0 = torch.where(torch.rand(samples, 1, 1, 1) < 0.5 * c.flip, x0.flip(3), x0)
         names = [n for n, _ in losses.named_parameters() if any(n.startswith(f"unet.{name}.") for name in chosen) and "bias" not in n]
         gradients.append(per_sample_gradients(losses, names, x0, torch.full((samples,), k), torch.randint(cm.T, (samples,)), torch.randn_like(x0)))
     return [dict(layer=name, part=part) | row for name, layer in chosen.items()
