@@ -32,6 +32,14 @@ TINY_FLAGS = ("--channels 8 --multipliers 1 2 --blocks 1 --attention 4 --image-s
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """All tests but those with gpu in their name run on the CPU, on a machine with a GPU, too."""
+    if "gpu" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 def tiny_unet(seed=0, num_classes=4, dropout=0.0, reserve=True, perturb=True, dtype=torch.float32):
     """A small UNet; `perturb` moves every weight (B too) off its initial value."""
     torch.manual_seed(seed)
@@ -58,7 +66,7 @@ def command(*args, **kw):
     """Run cm.py on one thread, as a user would."""
     kw.setdefault("timeout", 300)
     return subprocess.run([sys.executable, str(HERE / "cm.py"), *map(str, args)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **kw)
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, **kw)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -735,7 +743,7 @@ def test_general_only_samples_theta_g(tmp_path):
     unet = cm.make_unet(c, 10, 3)
     for p in unet.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
-    torch.save(dict(config=cm.stored_options(c), counts=cm.class_counts(1000, 100, 10), names=list(cm.SHAPES), step=1,
+    torch.save(dict(config=cm.stored_options(c), losses="CapacityManipulation", network="make_unet", counts=cm.class_counts(1000, 100, 10), names=list(cm.SHAPES), step=1,
                     model={k: 0 * v for k, v in unet.state_dict().items()}, ema=unet.state_dict()), tmp_path / "checkpoint.pt")
     images = []
     for extra in ([], ["--general-only"]):
@@ -864,6 +872,7 @@ BAD = {  # name: (arguments, what the line must say); {d} is a directory with th
     "odd width": ("--channels 15", "--channels is 15"),
     "amp without a GPU": ("--amp bf16 --device cpu", "needs a GPU"),
     "unknown device": ("--device abacus", "--device abacus"),
+    "a device without float64": ("--device mps", "only cpu and cuda"),
     "run directory in use": ("--out {d}/run", "is in use"),
     "run directory is a file": ("--out {d}/file", "beneath, a file"),
     "run directory beneath a file": ("--out {d}/file/run", "beneath, a file"),
@@ -948,11 +957,95 @@ def test_a_long_job_on_a_cpu_says_how_long_and_what_to_run_instead(capsys):
 def test_help_shows_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit) as stopped:
         cm.main(["--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     for name, field in cm.Config.__dataclass_fields__.items():
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name
     assert "paper 300,000" in text and "Sec. G.1" in text and "[default: paper 0.1, small 0.3]" in text and "--no-flip" in text
+
+
+def test_cuda_without_a_number_is_the_local_rank(monkeypatch):
+    """A fake GPU: torch.cuda.set_device takes no device without an index."""
+    chosen, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: chosen.append(d.index))
+    for environment, name, index in (({}, "cuda", 0), ({"LOCAL_RANK": "3"}, "cuda", 3), ({"LOCAL_RANK": "3"}, "cuda:1", 1)):
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
+        assert cm.pick_device(name) == torch.device("cuda", index) and chosen[-1] == index
+    assert cm.pick_device() == torch.device("cpu") and cm.layout(torch.device("cpu")) == torch.channels_last
+    assert cm.layout(torch.device("cuda")) == torch.contiguous_format
+
+
+def test_off_is_float32_without_tf32(monkeypatch):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    assert cm.precision(config(), torch.device("cpu")) == "off"
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    for bf16, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
+        assert cm.precision(config(), torch.device("cuda")) == expected
+    assert cm.precision(config(amp="off"), torch.device("cuda")) == "off"
+
+
+def test_a_variation_is_a_subclass_and_its_run_is_its_own(tmp_path):
+    class Doubled(cm.CapacityManipulation):
+        def forward(self, *batch):
+            loss, *rest = super().forward(*batch)
+            return (2 * loss, *rest)
+
+    def narrow(config, num_classes, image_channels):
+        return cm.make_unet(cm.dataclasses.replace(config, channels=4), num_classes, image_channels)
+    run = lambda *extra: cm.parse(["--steps", "4", *TINY_FLAGS, "--out", str(tmp_path / "r"), *extra])
+    c, typed = run()
+    assert cm.train(c.resolved(), typed, losses=Doubled, network=narrow) == 0
+    rows = list(csv.DictReader(open(tmp_path / "r" / "log.csv")))
+    assert math.isclose(float(rows[0]["loss"]), 2 * (float(rows[0]["base"]) + float(rows[0]["cm"])), rel_tol=1e-4)
+    path = tmp_path / "r" / "checkpoint.pt"
+    assert cm.load_trained(path, losses=Doubled, network=narrow)[1].channels == 4
+    c, typed = run("--resume", "--steps", "5")
+    for other in ({}, {"losses": Doubled}, {"network": narrow}):
+        with pytest.raises(ValueError, match="trained with the"):
+            cm.train(c.resolved(), typed, **other)
+        with pytest.raises(ValueError, match="trained with the"):
+            cm.load_trained(path, **other)
+    sampling, _ = cm.parse(["--sample", str(path), "--num-images", "2", "--sample-steps", "2"])
+    with pytest.raises(ValueError, match="trained with the losses Doubled, not CapacityManipulation"):
+        cm.generate(sampling)
+    assert cm.generate(sampling, losses=Doubled, network=narrow) == 0
+    assert cm.train(c.resolved(), typed, losses=Doubled, network=narrow) == 0
+
+
+def test_resuming_says_what_changed_and_clears_what_a_killed_run_left(finished, tmp_path, capfd):
+    import shutil
+    out = tmp_path / "r"
+    shutil.copytree(finished[0], out)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"world": 4, "precision": "bf16", "scaler": {}}, out / "checkpoint.pt")
+    (out / ".checkpoint.123.tmp.pt").write_bytes(b"half a checkpoint")
+    assert cm.main(["--out", str(out), "--resume", "--steps", "13"]) == 0
+    err = capfd.readouterr().err
+    assert "4 process(es) before, 1 now" in err and "precision was bf16 before and is off now" in err
+    assert "Warning" not in err and not list(out.glob(".*"))
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (state["world"], state["precision"], state["step"]) == (1, "off", 13)
+
+
+def test_how_to_go_on_is_how_it_was_started(monkeypatch):
+    assert cm.launcher() == "python"
+    for world, local, text in (("4", "4", "torchrun --nproc-per-node 4"), ("8", "4", "torchrun --nnodes 2 --nproc-per-node 4")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert cm.launcher() == text
+
+
+def test_images_that_are_not_finite_are_not_written(finished, tmp_path):
+    state = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    last = [name for name in state["ema"] if name.startswith("decoder") and name.endswith("bias")][-1]
+    state["ema"][last] += 1e38  # finite weights, infinite images
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(SystemExit) as stopped:
+        cm.main(["--sample", str(tmp_path / "c.pt"), "--num-images", "2", "--sample-steps", "2"])
+    assert "not finite" in str(stopped.value.code) and not list(tmp_path.glob("*.npz"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -976,20 +1069,46 @@ def test_gpu_trains_and_resumes(tmp_path, flags):
 
 
 @gpu
+def test_gpu_a_bad_step_is_named_one_step_late_and_nothing_is_written_after_it(tmp_path, monkeypatch):
+    forward, calls = cm.CapacityManipulation.forward, []
+
+    def broken(self, *a):
+        loss, *rest = forward(self, *a)
+        calls.append(1)
+        return (loss * (math.nan if len(calls) == 7 else 1), *rest)
+    monkeypatch.setattr(cm.CapacityManipulation, "forward", broken)
+    with pytest.raises(SystemExit, match="not finite at step 7;"):
+        cm.main(["--steps", "12", *TINY_FLAGS, "--device", "cuda", "--out", str(tmp_path / "r")])
+    assert torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"] == 5
+
+
+@gpu
 def test_gpu_compiled_masks_are_replayed():
     unet = tiny_unet(perturb=False, dropout=0.5).cuda()
     losses = cm.CapacityManipulation(unet, [40, 9, 4, 1], config(compile=True)).cuda()
     assert losses(*(v.cuda() for v in (*batch(), batch()[1])))[3].max() == 0
 
 
-@gpu
-def test_gpu_small_ba_survives_autocast():
-    layer = cm.reserve_capacity(nn.Linear(32, 32, bias=False), 0.1).cuda()
+def small_ba_survives_autocast(device):
+    """1 + BA with |BA| below bfloat16's step at 1: the weight in force must still hold it."""
+    layer = cm.reserve_capacity(nn.Linear(32, 32, bias=False), 0.1).to(device)
     layer.layer.weight.data.fill_(1.0)
     layer.B.data.fill_(1e-2)
-    with torch.autocast("cuda", torch.bfloat16):
-        assert layer.weight.dtype == torch.float32
-        assert torch.allclose(layer.weight - 1, layer.B @ layer.A.float(), atol=1e-3) and (layer.weight != 1).any()
+    expected = layer.B.data.double() @ layer.A.data.double()
+    assert 0 < expected.abs().max() < 2**-8
+    with torch.autocast(device, torch.bfloat16):
+        weight = layer.weight
+    assert weight.dtype == torch.float32
+    assert torch.allclose(weight.double() - 1, expected, rtol=0, atol=2e-7)
+
+
+def test_small_ba_survives_autocast():
+    small_ba_survives_autocast("cpu")
+
+
+@gpu
+def test_gpu_small_ba_survives_autocast():
+    small_ba_survives_autocast("cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
