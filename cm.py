@@ -21,8 +21,10 @@ import copy
 import csv
 import dataclasses
 import datetime
+import functools
 import gzip
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -951,10 +953,18 @@ def pick_device(name=None):
     return device
 
 
-def layout(device):
-    """The networks' memory format: channels-last on the CPU. On CUDA PyTorch's group norm makes its
-    input contiguous, so that channels-last would be undone and redone at every block."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+def lay_out(unet, device):
+    """The network on its device, and on the CPU its convolutions' weights channels-last.
+
+    Not on CUDA: PyTorch's group norm makes its input contiguous there, so that channels-last would
+    be undone and redone at every block. Not of 1x1 kernels, whose bytes are the same either way:
+    DDP would warn of strides that differ."""
+    unet = unet.to(device)
+    if device.type == "cpu":
+        for p in unet.parameters():
+            if p.ndim == 4 and p.shape[2:].numel() > 1:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return unet
 
 
 def precision(config, device):
@@ -1169,6 +1179,13 @@ def read_data(config, device):
     return data, patient
 
 
+def without_buffers(ddp):
+    """DDP that doesn't broadcast our four constant buffers at every step (torch renamed its option)."""
+    names = inspect.signature(ddp).parameters
+    old, new = "broadcast_buffers", "forward_sync_buffers"
+    return functools.partial(ddp, **{new if new in names else old: False})
+
+
 @contextlib.contextmanager
 def caught_signals():
     """A list to which SIGINT and SIGTERM add their numbers; the old handlers always come back."""
@@ -1200,12 +1217,12 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
 
     torch.manual_seed(hashed_seed("weights", config.seed))
     unet = network(config, len(data.names), data.images.shape[1])
-    unet = unet.to(device, memory_format=layout(device))
+    unet = lay_out(unet, device)
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
     module = losses(unet, data.counts, config).to(device)
     model = module
     if patient:
-        model = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        model = without_buffers(nn.parallel.DistributedDataParallel)(module)
     parameters, ema_parameters = list(unet.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), fused=True)
     out = Path(config.out)
@@ -1521,7 +1538,7 @@ def generate(config, losses=CapacityManipulation, network=make_unet):
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: {out.parent} is not a directory")
     with general_only(ema) if config.general_only else contextlib.nullcontext():
-        unet = merge(ema).to(device, memory_format=layout(device))
+        unet = lay_out(merge(ema), device)
     shape = (unet.encoder[0].in_channels, trained.image_size, trained.image_size)
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(num_images)])
     images = np.empty((num_images, *shape[1:], shape[0]), np.uint8)

@@ -813,7 +813,7 @@ def test_torchrun_trains_and_resumes(tmp_path):
     for extra in (["8"], ["12", "--resume"]):
         done = subprocess.run(run + extra, capture_output=True, text=True, env=env, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("held-out") == 1  # one process reports
+        assert done.stdout.count("held-out") == 1 and "Warning" not in done.stderr  # one process reports
     assert [r["step"] for r in csv.DictReader(open(tmp_path / "ddp" / "log.csv"))] == ["4", "8", "12"]
 
 
@@ -973,8 +973,7 @@ def test_cuda_without_a_number_is_the_local_rank(monkeypatch):
         for variable, value in environment.items():
             monkeypatch.setenv(variable, value)
         assert cm.pick_device(name) == torch.device("cuda", index) and chosen[-1] == index
-    assert cm.pick_device() == torch.device("cpu") and cm.layout(torch.device("cpu")) == torch.channels_last
-    assert cm.layout(torch.device("cuda")) == torch.contiguous_format
+    assert cm.pick_device() == torch.device("cpu")
 
 
 def test_off_is_float32_without_tf32(monkeypatch):
