@@ -1180,7 +1180,7 @@ def read_data(config, device):
 
 
 def without_buffers(ddp):
-    """DDP that doesn't broadcast our four constant buffers at every step (torch renamed its option)."""
+    """DDP that sends our four constant buffers once, not every step (torch renamed the option)."""
     names = inspect.signature(ddp).parameters
     old, new = "broadcast_buffers", "forward_sync_buffers"
     return functools.partial(ddp, **{new if new in names else old: False})
