@@ -293,8 +293,9 @@ class CapacityManipulation(nn.Module):
         if config.base == "oc":
             target = oc_target(x0, x_t, t, y, eps, self.counts, self.alpha_bar)
         if config.base == "cbdm":
+            y_other = self.other_classes(y)
             with same_masks(x_t):
-                eps_other = self.decode(*self.encode(x_t, t, self.other_classes(y)))
+                eps_other = self.decode(*self.encode(x_t, t, y_other))
 
         h, skips, emb = self.encode(x_t, t, y_in)  # theta and theta_g differ in the decoder only
         if not config.no_cm:
@@ -898,6 +899,11 @@ class Data:
             x = torch.where(flipped, x.flip(3), x)
         return x, y
 
+    def first(self, classes, columns):
+        """The first `columns` images of each of the classes, repeated where there are fewer."""
+        return torch.stack([self.images[self.starts[k] + i % self.counts[k]]
+                            for k in classes for i in range(columns)])
+
 
 def to_float(images):
     return images.float() / 127.5 - 1
@@ -1443,16 +1449,8 @@ def report(ema, data, config, out):
     print(f"\npictures, weights and log in {out}/")
 
 
-def as_grid(images, rows, columns):
-    """uint8 [rows * columns, C, H, W] as one picture [rows * H, columns * W, C], gray without C."""
-    channels, height, width = images.shape[1:]
-    grid = images.cpu().reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    return grid.reshape(rows * height, columns * width, channels).squeeze(-1).numpy()
-
-
 def draw_samples(ema, data, config, path, columns=8):
     """A row a class, most frequent first: real images, then theta, theta_g from the same noise."""
-    from matplotlib.figure import Figure
     shown = [int(g) for g in groups(data.counts.cpu()) if g.isdigit()]
     y = torch.tensor(shown, device=data.counts.device).repeat_interleave(columns)
     y_in = torch.full_like(y, -1) if config.unconditional else y
@@ -1465,23 +1463,32 @@ def draw_samples(ema, data, config, path, columns=8):
             parts.append(sample(unet, y_in[part], data.images.shape[1:], seeds=seeds[part]))
         return to_uint8(torch.cat(parts))
 
-    real = [data.images[data.starts[k] + j % data.counts[k]] for k in shown for j in range(columns)]
-    panels = {"real (training set)": torch.stack(real), "θ": generated(merge(ema))}
+    panels = {"real (training set)": data.first(shown, columns), "θ": generated(merge(ema))}
     if not config.no_cm:
         with general_only(ema):
             panels["θ_g, without BA"] = generated(merge(ema))
-    size = 1.6 + 0.42 * columns * len(panels), 0.42 * len(shown) + 0.5
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for axis, (title, images) in zip(axes, panels.items(), strict=True):
-        grid = as_grid(images, len(shown), columns)
-        axis.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set(title=title, xticks=[], yticks=[])
     names = [f"{data.names[k]}  {int(data.counts[k])}" for k in shown]
     if config.unconditional:
         names[1:] = ["any"] * (len(names) - 1)
-    height = data.images.shape[2]
-    axes[0].set_yticks([(i + 0.5) * height for i in range(len(shown))], names, fontsize=8)
+    draw_panels(panels, names, path)
+
+
+def draw_panels(panels, names, path):
+    """{title: uint8 [rows * columns, C, H, W]} side by side; `names` are the rows'."""
+    from matplotlib.figure import Figure
+    rows = len(names)
+    columns = len(next(iter(panels.values()))) // rows
+    figure = Figure(figsize=(1.6 + 0.42 * columns * len(panels), 0.42 * rows + 0.5),
+                    layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for axis, (title, images) in zip(axes, panels.items(), strict=True):
+        _, channels, height, width = images.shape
+        grid = images.cpu().view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+        grid = grid.reshape(rows * height, columns * width, channels)
+        axis.imshow(grid.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255,
+                    interpolation="nearest")
+        axis.set(title=title, xticks=[], yticks=[])
+    axes[0].set_yticks([(i + 0.5) * height for i in range(rows)], names, fontsize=8)
     write_atomically(path, lambda p: figure.savefig(p, dpi=130))
 
 
