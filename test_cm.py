@@ -1327,23 +1327,28 @@ def test_fid_classifier_on_fashion_mnist(tmp_path):
 
 TRIALS = 20_000
 CORRECT = {
-    "F.7": lambda n1, n2, s, c: float(theory.pi_maj(n1 / (n1 + n2), n1 + n2, 1.0, s, c)),
-    "F.15": lambda n1, n2, s, c: float(theory.pi_maj_multi((n1, n2), theory.two_means(1.0, c, 4), s)),
-    "F.16": lambda n1, n2, s, c: float(theory.pi_maj_multi_simple(n1, n2, n1 + n2, 1.0, s, c)),
-    "exact at alpha 0": lambda n1, n2, s, c: float(theory.pi_maj_exact(0.0, n1, n2, 1.0, s, c)),
-    "tight at alpha 0": lambda n1, n2, s, c: float(theory.pi_maj_tight(0.0, n1, n2, 1.0, s, c)),
+    "F.7": lambda n1, n2, s, c: theory.pi_maj(n1 / (n1 + n2), n1 + n2, 1.0, s, c),
+    "F.15": lambda n1, n2, s, c: theory.pi_maj_multi((n1, n2), theory.two_means(1.0, c, 4), s),
+    "F.16": lambda n1, n2, s, c: theory.pi_maj_multi_simple(n1, n2, n1 + n2, 1.0, s, c),
+    "exact at alpha 0": lambda n1, n2, s, c: theory.pi_maj_exact(0.0, n1, n2, 1.0, s, c),
+    "tight at alpha 0": lambda n1, n2, s, c: theory.pi_maj_tight(0.0, n1, n2, 1.0, s, c),
 }
 WRONG = {
-    "factor 2 dropped": lambda n1, n2, s, c: float(theory.ndtr((2 * n1 / (n1 + n2) - 1) * math.sqrt((n1 + n2) * (1 - c)) / (2 * s))),
-    "a and 1 - a swapped": lambda n1, n2, s, c: float(theory.pi_maj(n2 / (n1 + n2), n1 + n2, 1.0, s, c)),
-    "N_2 for N": lambda n1, n2, s, c: float(theory.pi_maj(n1 / (n1 + n2), n2, 1.0, s, c)),
+    "factor 2 dropped": lambda n1, n2, s, c: theory.ndtr(
+        (2 * n1 / (n1 + n2) - 1) * math.sqrt((n1 + n2) * (1 - c)) / (2 * s)),
+    "a and 1 - a swapped": lambda n1, n2, s, c: theory.pi_maj(
+        n2 / (n1 + n2), n1 + n2, 1.0, s, c),
+    "N_2 for N": lambda n1, n2, s, c: theory.pi_maj(n1 / (n1 + n2), n2, 1.0, s, c),
 }
+
+
+def within_noise(estimate, p, trials=TRIALS):
+    return abs(estimate - p) < 4 * theory.standard_error(p, trials)
 
 
 def agrees(formula, n1=45, n2=5, sigma=6.0, cos=0.2):
     estimate, _ = theory.simulate_pi_maj(n1, n2, 1.0, sigma, cos, dim=4, trials=TRIALS, seed=0)
-    p = formula(n1, n2, sigma, cos)
-    return abs(estimate - p) < 4 * theory.standard_error(p, TRIALS)
+    return within_noise(estimate, float(formula(n1, n2, sigma, cos)))
 
 
 @pytest.mark.parametrize("name", CORRECT)
@@ -1360,104 +1365,302 @@ def test_theory_wrong_formulas_are_rejected_by_the_same_check(name):
 def test_theory_exact_value_of_theorem_3_1_against_an_independent_simulation(alpha):
     """Written anew: one loop, float64, Assumption F.2 as printed."""
     n1, n2, mu, sigma, cos = 18, 3, 2.0, 5.0, 0.3
-    rng, m1 = np.random.default_rng(5), np.array([mu, 0, 0])
+    rng = np.random.default_rng(5)
+    m1 = np.array([mu, 0, 0])
     m2 = mu * np.array([cos, 0, -math.sqrt(1 - cos**2)])
-    g1, g2 = m1 + sigma * rng.standard_normal((TRIALS, n1, 3)), m2 + sigma * rng.standard_normal((TRIALS, n2, 3))
+    g1 = m1 + sigma * rng.standard_normal((TRIALS, n1, 3))
+    g2 = m2 + sigma * rng.standard_normal((TRIALS, n2, 3))
     w_g, w_e = g1.sum(1) + g2.sum(1), g2.sum(1)
     update = w_g / np.linalg.norm(n1 * m1 + n2 * m2) + alpha * w_e / np.linalg.norm(n2 * m2)
-    share, p = (update @ (m1 - m2) > 0).mean(), float(theory.pi_maj_exact(alpha, n1, n2, mu, sigma, cos))
-    assert abs(share - p) < 4 * theory.standard_error(p, TRIALS)
-    assert abs(theory.simulate_pi_maj(n1, n2, mu, sigma, cos, alpha, 3, TRIALS)[0] - p) < 4 * theory.standard_error(p, TRIALS)
+    share = (update @ (m1 - m2) > 0).mean()
+    exact = float(theory.pi_maj_exact(alpha, n1, n2, mu, sigma, cos))
+    assert within_noise(share, exact)
+    assert within_noise(theory.simulate_pi_maj(n1, n2, mu, sigma, cos, alpha, 3, TRIALS)[0], exact)
     if alpha > 0.5:  # alpha must matter, or a formula without it would pass
-        assert abs(share - theory.pi_maj_exact(0.0, n1, n2, mu, sigma, cos)) > 4 * theory.standard_error(p, TRIALS)
+        assert not within_noise(share, theory.pi_maj_exact(0.0, n1, n2, mu, sigma, cos))
 
 
 def test_theory_hand_worked_values():
-    assert theory.pi_maj(0.5, 100, 1, 3, 0.2) == 0.5 and theory.pi_maj_exact(0, 7, 7, 1, 3, 0.2) == 0.5
-    assert math.isclose(theory.pi_maj(0.75, 8, 1, 1, 0), 0.5 * (1 + math.erf(1.0 / math.sqrt(2))))  # argument 0.5 * 4 / 2 = 1
-    assert math.isclose(theory.pi_maj_bound(0.5, 8, 1, 1, 0), 0.5 * (1 + math.erf(1.0 / math.sqrt(2))))
+    assert theory.pi_maj(0.5, 100, 1, 3, 0.2) == 0.5 == theory.pi_maj_exact(0, 7, 7, 1, 3, 0.2)
+    phi_1 = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
+    assert math.isclose(theory.pi_maj(0.75, 8, 1, 1, 0), phi_1)  # argument 0.5 * sqrt(16) / 2 = 1
+    assert math.isclose(theory.pi_maj_bound(0.5, 8, 1, 1, 0), phi_1)
     assert theory.pi_maj_bound(1, 50, 1, 1, 0) == 0.5 == theory.pi_maj_middle(1, 50, 5, 1, 1, 0)
-    assert theory.pi_maj_exact(1, 45, 5, 1, 1, 0) <= 0.5 and theory.pi_maj_tight(1, 45, 5, 1, 1, 0) == 0.5
+    assert theory.pi_maj_exact(1, 45, 5, 1, 1, 0) <= 0.5 == theory.pi_maj_tight(1, 45, 5, 1, 1, 0)
     # (F.14) middle at alpha = 1/2, N = 8, N_2 = 2, cos = 0: 0.5 / sqrt(2 (1/8 + 1/8)) = 1/sqrt(2)
-    assert math.isclose(theory.pi_maj_middle(0.5, 8, 2, 1, 1, 0), theory.ndtr(1 / math.sqrt(2)))
-    # exact at N_1 = 4, N_2 = 3, cos = 0: kappa = 5; alpha = 0.6: D - 3 = -2; N + 6 + 9/3 = 16; s = 1/sqrt(2)
-    assert math.isclose(theory.pi_maj_exact(0.6, 4, 3, 1, 1, 0), theory.ndtr(-2 / math.sqrt(2) / 4))
+    expected = theory.ndtr(1 / math.sqrt(2))
+    assert math.isclose(theory.pi_maj_middle(0.5, 8, 2, 1, 1, 0), expected)
+    # exact at N_1 = 4, N_2 = 3, cos = 0, alpha = 0.6: kappa = 5, alpha kappa = 3,
+    # D - 3 = -2, N + 6 + 9/3 = 16, s = 1/sqrt(2)
+    expected = theory.ndtr(-2 / math.sqrt(2) / 4)
+    assert math.isclose(theory.pi_maj_exact(0.6, 4, 3, 1, 1, 0), expected)
     means, counts = theory.two_means(1.5, -0.4, 6), (30, 4)
-    assert math.isclose(theory.pi_maj_multi(counts, means, 7.0), theory.pi_maj(30 / 34, 34, 1.5, 7.0, -0.4))
+    expected = theory.pi_maj(30 / 34, 34, 1.5, 7.0, -0.4)
+    assert math.isclose(theory.pi_maj_multi(counts, means, 7.0), expected)
     for alpha in (0, 0.4, 1):
-        assert math.isclose(theory.pi_maj_multi_exact(alpha, counts, means, 7.0), theory.pi_maj_exact(alpha, 30, 4, 1.5, 7.0, -0.4))
-        assert theory.pi_maj_multi_bound(alpha, 34, 1.5, 7.0, -0.4) == theory.pi_maj_bound(alpha, 34, 1.5, 7.0, -0.4)
+        expected = theory.pi_maj_exact(alpha, 30, 4, 1.5, 7.0, -0.4)
+        assert math.isclose(theory.pi_maj_multi_exact(alpha, counts, means, 7.0), expected)
+        expected = theory.pi_maj_bound(alpha, 34, 1.5, 7.0, -0.4)
+        assert theory.pi_maj_multi_bound(alpha, 34, 1.5, 7.0, -0.4) == expected
+
+
+def test_theory_mended_bound_at_hand_worked_values():
+    # alpha = 1/2, N = 16, N_K = 2, cos = 1/2: s = 1/2, 1 - alpha s = 3/4,
+    # N + 2 alpha N + alpha^2 N^2 / N_K = 16 + 16 + 32 = 64; 16 (3/4) / 8 = 3/2, sqrt(16) 3/4 = 3
+    assert math.isclose(theory.pi_maj_multi_any(0.5, 16, 2, 1, 1, 0.5), theory.ndtr(1.5))
+    # mu / sigma = 1/3 times that
+    assert math.isclose(theory.pi_maj_multi_any(0.5, 16, 2, 2, 6, 0.5), theory.ndtr(0.5))
+    assert math.isclose(theory.pi_maj_multi_any_simple(0.5, 16, 1, 1, 0.5), theory.ndtr(3))
+    assert math.isclose(theory.pi_maj_multi_any_simple(0.5, 16, 2, 6, 0.5), theory.ndtr(1))
+    # alpha = 0: sqrt(N) mu/sigma, whatever the angle; opposite means: s = 1, so 1 - alpha s = 0
+    for cos in (-1, 0, 0.99):
+        assert math.isclose(theory.pi_maj_multi_any(0, 4, 1, 1, 2, cos), theory.ndtr(1))
+    assert theory.pi_maj_multi_any(1, 16, 2, 1, 1, -1) == 0.5
+    # one class has all samples: 1 and N = N_K are no nonsense
+    assert 0.5 < theory.pi_maj_multi_any(0.5, 3, 3, 1, 1, 0) < 1
+    # nothing is lost where it can't be: opposite means, whose sum lies along mu_1 - mu_2 (step 2)
+    means, counts = theory.two_means(2.0, -1, 2), (5, 3)
+    exact, at_kappa, at_n, simple, paper = theory.multi_ladder(0.3, counts, means, 4.0)
+    assert math.isclose(exact, at_kappa) and at_kappa < at_n < simple
+    assert math.isclose(paper, simple)  # s = 1: (F.17) is the simplified bound
 
 
 def test_theory_ladder_on_random_settings():
     settings = theory.random_settings(10_000, 3)
     exact, tight, middle, last = theory.ladder(**settings)
-    assert (exact <= tight + 1e-12).all() and (tight <= last + 1e-12).all() and (middle <= last + 1e-12).all()
-    assert (tight < last - 1e-3).mean() > 0.1 and (exact < tight - 1e-3).mean() > 0.05  # each step is a real one
-    zero = theory.ladder(**(settings | dict(alpha=0.0)))
-    a = settings["n1"] / (settings["n1"] + settings["n2"])
-    expected = theory.pi_maj(a, settings["n1"] + settings["n2"], settings["mu"], settings["sigma"], settings["cos"])
-    assert np.allclose(zero[0], expected) and np.allclose(zero[1], expected)
+    for lower, upper in ((exact, tight), (tight, middle), (middle, last)):
+        assert (lower <= upper + 1e-12).all()
+        assert (lower < upper - 1e-3).mean() > 0.05  # each step is a real one
+    without = theory.ladder(**(settings | dict(alpha=0.0)))
+    n = settings["n1"] + settings["n2"]
+    expected = theory.pi_maj(settings["n1"] / n, n, settings["mu"], settings["sigma"],
+                             settings["cos"])
+    assert np.allclose(without[0], expected) and np.allclose(without[1], expected)
 
 
-def test_theory_multi_class_with_orthogonal_and_general_means_and_the_counterexample():
+def test_theory_random_settings_are_as_described():
+    two = theory.random_settings(1000, 1)
+    assert all(values.shape == (1000,) for values in two.values())
+    assert (two["n1"] > two["n2"]).all() and (two["n2"] >= 1).all()
+    assert two["alpha"].min() < 0.05 and two["alpha"].max() > 0.95
+    many = theory.random_multi_settings(1000, 1)
+    assert len(many) == 1000 and {len(setting["counts"]) for setting in many} == {2, 3, 4, 5, 6}
+    cosines = []
+    for setting in many:
+        counts, means = setting["counts"], setting["means"]
+        norms = np.linalg.norm(means, axis=1)
+        assert (np.diff(counts) <= 0).all() and (counts == np.floor(counts)).all()
+        assert means.shape[0] == len(counts) and 2 <= means.shape[1] <= 8
+        assert np.allclose(norms, norms[0]) and 0.1 < norms[0] < 10 and 1 <= counts[-1] <= 1000
+        assert 0.1 < norms[0] * math.sqrt(counts.sum()) / setting["sigma"] < 10
+        cosines.append(means[0] @ means[-1] / norms[0]**2)
+    assert min(cosines) < -0.5 and max(cosines) > 0.9
+    alphas = [setting["alpha"] for setting in many]
+    assert 0 <= min(alphas) < 0.05 and 0.95 < max(alphas) <= 1
+    other = theory.random_multi_settings(2, 2)[1]
+    assert not np.array_equal(other["means"], many[1]["means"])
+
+
+def test_theory_mended_ladder_on_random_settings():
+    settings = theory.random_multi_settings(10_000, 3)
+    ladders = np.array([theory.multi_ladder(**setting) for setting in settings]).T
+    exact, at_kappa, at_n, simple, paper = ladders
+    for lower, upper in ((exact, at_kappa), (at_kappa, at_n), (at_n, simple)):
+        assert (lower <= upper + 1e-12).all()
+        assert (lower < upper - 1e-3).mean() > 0.3  # each step is a real one
+    classes = np.array([len(setting["counts"]) for setting in settings])
+    fails = exact > paper + 1e-12
+    assert fails.sum() > 50 and (exact - paper).max() > 0.2
+    assert not fails[classes == 2].any()  # there Theorem F.2 is Theorem 3.1
+    assert all(fails[classes == k].any() for k in range(3, 7))
+    # mutually orthogonal means: Theorem F.2 holds
+    for setting in settings[:2000]:
+        k = len(setting["counts"])
+        orthogonal = setting | dict(means=theory.orthogonal_means(k, 1.0, k),
+                                    sigma=setting["sigma"] / np.linalg.norm(setting["means"][0]))
+        exact, *_, paper = theory.multi_ladder(**orthogonal)
+        assert exact <= paper + 1e-12
+
+
+def mended_with(factor):
+    """`_pi_maj_multi_any_at` with `factor(alpha, s)` for 1 - alpha s."""
+    def bound(kappa, alpha, n, nk, mu, sigma, cos):
+        s = math.sqrt((1 - cos) / 2)
+        spread = np.sqrt(n + 2 * alpha * kappa + alpha**2 * kappa**2 / nk)
+        return theory.ndtr(mu / sigma * kappa * factor(alpha, s) / spread)
+    return bound
+
+
+@pytest.mark.parametrize("factor, right", [
+    (lambda alpha, s: 1 - alpha * s, True),
+    (lambda alpha, s: 1 - alpha, False),
+    (lambda alpha, s: s * (1 - alpha), False),
+    (lambda alpha, s: 1 - alpha * math.sqrt(s), False),
+], ids=("right", "1 - alpha", "(F.17)'s s (1 - alpha)", "no square of s"))
+def test_theory_a_wrong_mended_bound_is_rejected_by_the_same_check(
+        factor, right, monkeypatch, capsys):
+    monkeypatch.setattr(theory, "_pi_maj_multi_any_at", mended_with(factor))
+    report = theory.Report(trials=1, seed=0)
+    theory.check_mended(report)
+    out = capsys.readouterr().out
+    random_line = next(line for line in out.splitlines() if "random settings" in line)
+    assert report.ok == right and random_line.endswith("ok" if right else "FAILS")
+    assert (": 0 violations of the mended bound" in random_line) == right
+
+
+def test_theory_check_of_the_mended_bound_wants_the_papers_to_fail(monkeypatch, capsys):
+    """Where (F.17) held everywhere the counterexample and the random settings would be none."""
+    monkeypatch.setattr(theory, "pi_maj_multi_bound", theory.pi_maj_multi_any_simple)
+    report = theory.Report(trials=1, seed=0)
+    theory.check_mended(report)
+    lines = capsys.readouterr().out.splitlines()
+    assert not report.ok and "0 of (F.17)" in lines[-2] and lines[-2].endswith("FAILS")
+    assert [line.endswith("FAILS") for line in lines if "α=" in line] == 3 * [False] + [
+        True, True, False]
+
+
+def test_theory_check_of_the_ladder_sees_each_step(monkeypatch, capsys):
+    """Exchange two neighbours of exact <= tighter <= middle <= last: both rows and total fail."""
+    right = theory.ladder
+    settings = [dict(n1=90, n2=10, mu=1.0, sigma=8, cos=0.0, alpha=0.3)]
+    for wrong_order, ok in (((0, 1, 2, 3), True), ((1, 0, 2, 3), False), ((0, 2, 1, 3), False),
+                            ((0, 1, 3, 2), False)):
+        monkeypatch.setattr(theory, "ladder", lambda order=wrong_order, **setting: tuple(
+            right(**setting)[i] for i in order))
+        report = theory.Report(trials=1, seed=0)
+        theory.check_bounds(report, settings)
+        lines = capsys.readouterr().out.splitlines()
+        row, total = lines[-3:-1]
+        assert report.ok == row.endswith("ok") == total.endswith("ok") == ok
+        assert (" 0 violations" in total) == ok
+
+
+def test_theory_multi_class_with_orthogonal_and_general_means():
     counts, means = (12, 7, 3), theory.orthogonal_means(3, 1.0, 5)
-    assert math.isclose(theory.pi_maj_multi(counts, means, 4.0), theory.pi_maj_multi_simple(12, 3, 22, 1.0, 4.0, 0.0))
+    simple = theory.pi_maj_multi_simple(12, 3, 22, 1.0, 4.0, 0.0)
+    assert math.isclose(theory.pi_maj_multi(counts, means, 4.0), simple)
     general = np.array([[1.0, 0, 0], [0.8, -0.6, 0], [0, 0.6, -0.8]])
-    exact, simple = theory.pi_maj_multi(counts, general, 4.0), theory.pi_maj_multi_simple(12, 3, 22, 1.0, 4.0, 0.0)
+    exact = theory.pi_maj_multi(counts, general, 4.0)
     estimate = theory.simulate(counts, general, 4.0, trials=TRIALS)
-    assert abs(estimate - exact) < 4 * theory.standard_error(exact, TRIALS) < abs(estimate - simple)  # the cross term matters
+    assert within_noise(estimate, exact)
+    assert not within_noise(estimate, simple)  # the cross term matters
     for alpha in (0.5, 1.0):
         exact = theory.pi_maj_multi_exact(alpha, counts, general, 4.0)
-        assert abs(theory.simulate(counts, general, 4.0, alpha, TRIALS) - exact) < 4 * theory.standard_error(exact, TRIALS)
-    c = theory.COUNTEREXAMPLE
-    means = theory.counterexample_means(c["mu"], c["cos"], 2)
-    argument = lambda p: math.sqrt(2) * __import__("scipy.special").special.erfinv(2 * p - 1)
-    assert abs(argument(theory.pi_maj_multi_exact(0.0, c["counts"], means, c["sigma"])) - 2.73) < 0.005
-    assert abs(argument(theory.pi_maj_multi_bound(0.0, 2000, c["mu"], c["sigma"], c["cos"])) - 1.00) < 0.005
+        assert within_noise(theory.simulate(counts, general, 4.0, alpha, TRIALS), exact)
+
+
+def test_theory_counterexample_to_theorem_f_2():
+    from scipy.special import ndtri  # the inverse of ndtr
+    setting = theory.counterexample()
+    assert setting["counts"] == (1000, 999, 1) and setting["alpha"] == 0
+    means = setting["means"]
     assert np.allclose(np.linalg.norm(means, axis=1), 1) and math.isclose(means[0] @ means[2], 0.9)
+    exact, _, mended, _, paper = theory.multi_ladder(**setting)
+    assert abs(ndtri(exact) - 2.73) < 0.005 and abs(ndtri(paper) - 1.00) < 0.005
+    assert abs(ndtri(mended) - math.sqrt(2000) / 10) < 1e-6
+    # with some capacity reserved (F.17) is still wrong, by simulation too, and the mended one isn't
+    setting = theory.counterexample(alpha=0.05)
+    exact, _, mended, _, paper = theory.multi_ladder(**setting)
+    estimate = theory.simulate(**setting, trials=5000)
+    assert within_noise(estimate, exact, 5000) and not within_noise(estimate, paper, 5000)
+    assert paper < exact < mended < 0.97
 
 
 def test_theory_estimate_depends_neither_on_dimension_nor_on_blocks():
-    p, means = float(theory.pi_maj(0.8, 10, 1, 3, 0.3)), lambda dim: theory.two_means(1, 0.3, dim)
-    estimates = [theory.simulate((8, 2), means(dim), 3.0, trials=TRIALS, seed=dim) for dim in (2, 8, 64)]
-    estimates += [theory.simulate((8, 2), means(8), 3.0, trials=TRIALS, seed=9, block=b) for b in (7, 1000, 50_000)]
-    assert all(abs(e - p) < 4 * theory.standard_error(p, TRIALS) for e in estimates) and len(set(estimates)) > 3
-    assert theory.simulate((8, 2), means(8), 3.0, trials=999, seed=4) == theory.simulate((8, 2), means(8), 3.0, trials=999, seed=4)
+    exact = float(theory.pi_maj(0.8, 10, 1, 3, 0.3))
+
+    def estimate(dim, seed, trials=TRIALS, block=None):
+        means = theory.two_means(1, 0.3, dim)
+        return theory.simulate((8, 2), means, 3.0, trials=trials, seed=seed, block=block)
+
+    estimates = [estimate(dim, seed=dim) for dim in (2, 8, 64)]
+    estimates += [estimate(8, seed=9, block=block) for block in (7, 1000, 50_000)]
+    assert all(within_noise(one, exact) for one in estimates) and len(set(estimates)) > 3
+    assert estimate(8, seed=4, trials=999) == estimate(8, seed=4, trials=999)
 
 
 def test_theory_arrays_broadcast():
     a, n = np.array([0.6, 0.9])[:, None], np.array([10, 100, 1000])
     grid = theory.pi_maj(a, n, 1, 5, 0)
     assert grid.shape == (2, 3) and grid[1, 2] == theory.pi_maj(0.9, 1000, 1, 5, 0)
-    assert theory.pi_maj_exact(np.linspace(0, 1, 4)[:, None], n, 1, 1, 5, 0).shape == (4, 3)
-    assert theory.pi_maj_tight(0.5, n, 1, 1, 5, 0).shape == theory.pi_maj_bound(0.5, n, 1, 5, 0).shape == (3,)
+    alpha = np.linspace(0, 1, 4)[:, None]
+    assert theory.pi_maj_exact(alpha, n, 1, 1, 5, 0).shape == (4, 3)
+    assert theory.pi_maj_tight(0.5, n, 1, 1, 5, 0).shape == (3,)
+    assert theory.pi_maj_bound(0.5, n, 1, 5, 0).shape == (3,)
+    grid = theory.pi_maj_multi_any(alpha, n, 4, 1, 5, 0.2)
+    assert grid.shape == theory.pi_maj_multi_any_simple(alpha, n, 1, 5, 0.2).shape == (4, 3)
+    assert grid[2, 1] == theory.pi_maj_multi_any(alpha[2, 0], 100, 4, 1, 5, 0.2)
 
 
 @pytest.mark.parametrize("name, call", [
-    ("n ", lambda: theory.pi_maj(0.9, 0, 1, 1, 0)), ("sigma", lambda: theory.pi_maj(0.9, 10, 1, 0, 0)),
-    ("mu", lambda: theory.pi_maj(0.9, 10, -1, 1, 0)), ("cos", lambda: theory.pi_maj(0.9, 10, 1, 1, 1.0)),
-    ("cos", lambda: theory.pi_maj(0.9, 10, 1, 1, [0, -1.1])), ("a ", lambda: theory.pi_maj(1.1, 10, 1, 1, 0)),
-    ("alpha", lambda: theory.pi_maj_bound(-0.1, 10, 1, 1, 0)), ("alpha", lambda: theory.pi_maj_exact(1.1, 10, 1, 1, 1, 0)),
-    ("n2", lambda: theory.pi_maj_exact(0.5, 10, 0, 1, 1, 0)), ("n1", lambda: theory.pi_maj_tight(0.5, 1, 2, 1, 1, 0)),
-    ("cos", lambda: theory.pi_maj_exact(0.5, 10, 10, 1, 1, -1)), ("cos", lambda: theory.simulate_pi_maj(9, 9, 1, 1, -1, 0.5)),
-    ("dim", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, dim=1)), ("dim", lambda: theory.orthogonal_means(5, 1, 4)),
-    ("trials", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, trials=0)), ("sigma", lambda: theory.simulate_pi_maj(9, 1, 1, math.nan, 0)),
+    ("n ", lambda: theory.pi_maj(0.9, 0, 1, 1, 0)),
+    ("n ", lambda: theory.pi_maj(0.9, math.inf, 1, 1, 0)),
+    ("n ", lambda: theory.pi_maj(0.9, [], 1, 1, 0)),
+    ("sigma", lambda: theory.pi_maj(0.9, 10, 1, 0, 0)),
+    ("mu", lambda: theory.pi_maj(0.9, 10, -1, 1, 0)),
+    ("mu", lambda: theory.pi_maj(0.9, 10, math.inf, 1, 0)),
+    ("cos", lambda: theory.pi_maj(0.9, 10, 1, 1, 1.0)),
+    ("cos", lambda: theory.pi_maj(0.9, 10, 1, 1, [0, -1.1])),
+    ("a ", lambda: theory.pi_maj(1.1, 10, 1, 1, 0)),
+    ("a ", lambda: theory.pi_maj(-0.1, 10, 1, 1, 0)),
+    ("alpha", lambda: theory.pi_maj_bound(-0.1, 10, 1, 1, 0)),
+    ("alpha", lambda: theory.pi_maj_exact(1.1, 10, 1, 1, 1, 0)),
+    ("n2", lambda: theory.pi_maj_exact(0.5, 10, 0, 1, 1, 0)),
+    ("n2", lambda: theory.pi_maj_middle(0.5, 10, 0, 1, 1, 0)),
+    ("n1", lambda: theory.pi_maj_tight(0.5, 1, 2, 1, 1, 0)),
+    ("nk", lambda: theory.pi_maj_multi_simple(10, 0, 20, 1, 1, 0)),
+    ("cos", lambda: theory.pi_maj_exact(0.5, 10, 10, 1, 1, -1)),
+    ("cos", lambda: theory.simulate_pi_maj(9, 9, 1, 1, -1, 0.5)),
+    ("dim", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, dim=1)),
+    ("dim", lambda: theory.orthogonal_means(5, 1, 4)),
+    ("trials", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, trials=0)),
+    ("seed", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, seed=-1)),
+    ("sigma", lambda: theory.simulate_pi_maj(9, 1, 1, math.nan, 0)),
+    ("counts", lambda: theory.simulate((3, 1.5), np.eye(2), 1)),
     ("means", lambda: theory.pi_maj_multi((3, 2), np.array([[1.0, 0], [2.0, 0]]), 1)),
-    ("means", lambda: theory.pi_maj_multi((3, 2, 1), np.eye(2), 1)), ("counts", lambda: theory.pi_maj_multi((3, 0), np.eye(2), 1)),
+    ("means", lambda: theory.pi_maj_multi((3, 2), np.zeros((2, 2)), 1)),
+    ("means", lambda: theory.pi_maj_multi((3, 2), np.ones((2, 2)), 1)),
+    ("means", lambda: theory.pi_maj_multi((3, 2), np.ones(2), 1)),
+    ("means", lambda: theory.pi_maj_multi((3,), np.eye(1), 1)),
+    ("means", lambda: theory.pi_maj_multi((3, 2, 1), np.eye(2), 1)),
+    ("means", lambda: theory.pi_maj_multi_exact(0.5, (3, 3), np.array([[1.0, 0], [-1.0, 0]]), 1)),
+    ("counts", lambda: theory.pi_maj_multi((3, 0), np.eye(2), 1)),
+    ("alpha", lambda: theory.pi_maj_multi_any(1.1, 10, 1, 1, 1, 0)),
+    ("n ", lambda: theory.pi_maj_multi_any(0.5, 0, 1, 1, 1, 0)),
+    ("nk", lambda: theory.pi_maj_multi_any(0.5, 10, 0, 1, 1, 0)),
+    ("nk", lambda: theory.pi_maj_multi_any(0.5, [20, 10], 11, 1, 1, 0)),
+    ("mu", lambda: theory.pi_maj_multi_any(0.5, 10, 1, 0, 1, 0)),
+    ("sigma", lambda: theory.pi_maj_multi_any(0.5, 10, 1, 1, -1, 0)),
+    ("cos", lambda: theory.pi_maj_multi_any(0.5, 10, 1, 1, 1, 1)),
+    ("cos", lambda: theory.pi_maj_multi_any_simple(0.5, 10, 1, 1, -2)),
 ])
 def test_theory_nonsense_is_a_value_error_that_names_the_parameter(name, call):
     with pytest.raises(ValueError, match=f"^{name}"):
         call()
 
 
+def test_theory_the_ends_of_each_range_are_no_nonsense():
+    assert theory.pi_maj([0, 1], 1, 1, 1, -1).shape == (2,)
+    assert theory.pi_maj_exact([0, 1], 1, 1, 1, 1, 0).shape == (2,)
+    # a mean gradient of 0 matters only where it normalises, at alpha > 0
+    assert theory.pi_maj_exact(0, 10, 10, 1, 1, -1) == 0.5
+    assert theory.pi_maj_multi((3, 3), np.array([[1.0, 0], [-1.0, 0]]), 1) == 0.5
+    assert theory.simulate((1, 1), theory.two_means(1, 0, 2), 1.0, trials=1) in (0, 1)
+
+
 def test_theory_command_line(tmp_path, capsys):
     assert theory.main(["--trials", "2000", "--plot", str(tmp_path / "p")]) == 0
     out = capsys.readouterr().out
-    assert "everything holds" in out and "VIOLATED" in out and "bare cost" in out
+    assert "everything holds" in out and "bare cost" in out and "design.md" not in out
+    beside = next(line for line in out.splitlines() if "counterexample: N=1000" in line)
+    assert "0.84134 VIOLATED" in beside and "mended: 1.00000 holds" in beside
     assert {p.name for p in (tmp_path / "p").iterdir()} == {"pi_maj.png", "bounds.png"}
     (tmp_path / "file").write_text("")
-    for bad, says in ((["--trials", "0"], "trials is 0"), (["--trials", "x"], "invalid int"), (["--plot", str(tmp_path / "file")], "a file")):
+    beneath = str(tmp_path / "file" / "p")
+    for bad, says in ((["--trials", "0"], "trials is 0"), (["--seed", "-1"], "seed is -1"),
+                      (["--trials", "x"], "invalid int"),
+                      (["--plot", str(tmp_path / "file")], "a file"),
+                      (["--plot", beneath], "a file")):
         with pytest.raises(SystemExit) as stopped:
             theory.main(bad)
         err = capsys.readouterr().err
@@ -1465,7 +1668,10 @@ def test_theory_command_line(tmp_path, capsys):
 
 
 def test_theory_exits_with_1_where_a_formula_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(theory, "pi_maj", lambda a, n, mu, sigma, cos: theory.ndtr((2 * a - 1) * mu * np.sqrt(n * (1 - cos)) / (2 * sigma)))
+    def without_a_factor_2(a, n, mu, sigma, cos):
+        return theory.ndtr((2 * a - 1) * mu * np.sqrt(n * (1 - cos)) / (2 * sigma))
+
+    monkeypatch.setattr(theory, "pi_maj", without_a_factor_2)
     assert theory.main(["--trials", "2000"]) == 1 and "FAILS" in capsys.readouterr().out
 
 
