@@ -1390,6 +1390,8 @@ def test_theory_hand_worked_values():
     # (F.14) middle at alpha = 1/2, N = 8, N_2 = 2, cos = 0: 0.5 / sqrt(2 (1/8 + 1/8)) = 1/sqrt(2)
     expected = theory.ndtr(1 / math.sqrt(2))
     assert math.isclose(theory.pi_maj_middle(0.5, 8, 2, 1, 1, 0), expected)
+    # and at cos = 1/2, mu/sigma = 3: 3 s (1 - alpha) / sqrt(1/8 + 1/8) = 3 * 0.5 * 0.5 / 0.5
+    assert math.isclose(theory.pi_maj_middle(0.5, 8, 2, 6, 2, 0.5), theory.ndtr(1.5))
     # exact at N_1 = 4, N_2 = 3, cos = 0, alpha = 0.6: kappa = 5, alpha kappa = 3,
     # D - 3 = -2, N + 6 + 9/3 = 16, s = 1/sqrt(2)
     expected = theory.ndtr(-2 / math.sqrt(2) / 4)
@@ -1436,6 +1438,9 @@ def test_theory_ladder_on_random_settings():
     expected = theory.pi_maj(settings["n1"] / n, n, settings["mu"], settings["sigma"],
                              settings["cos"])
     assert np.allclose(without[0], expected) and np.allclose(without[1], expected)
+    # and as if all samples were the majority's, a = 1
+    expected = theory.pi_maj(1, n, settings["mu"], settings["sigma"], settings["cos"])
+    assert np.allclose(without[2], expected) and np.allclose(without[3], expected)
 
 
 def test_theory_random_settings_are_as_described():
@@ -1608,6 +1613,7 @@ def test_theory_arrays_broadcast():
     ("n2", lambda: theory.pi_maj_exact(0.5, 10, 0, 1, 1, 0)),
     ("n2", lambda: theory.pi_maj_middle(0.5, 10, 0, 1, 1, 0)),
     ("n1", lambda: theory.pi_maj_tight(0.5, 1, 2, 1, 1, 0)),
+    ("n2", lambda: theory.pi_maj_tight(0.5, 1, 0, 1, 1, 0)),
     ("nk", lambda: theory.pi_maj_multi_simple(10, 0, 20, 1, 1, 0)),
     ("cos", lambda: theory.pi_maj_exact(0.5, 10, 10, 1, 1, -1)),
     ("cos", lambda: theory.simulate_pi_maj(9, 9, 1, 1, -1, 0.5)),
@@ -1642,6 +1648,7 @@ def test_theory_nonsense_is_a_value_error_that_names_the_parameter(name, call):
 def test_theory_the_ends_of_each_range_are_no_nonsense():
     assert theory.pi_maj([0, 1], 1, 1, 1, -1).shape == (2,)
     assert theory.pi_maj_exact([0, 1], 1, 1, 1, 1, 0).shape == (2,)
+    assert theory.pi_maj_tight([0, 1], [5, 5], 5, 1, 1, 0).tolist() == [0.5, 0.5]
     # a mean gradient of 0 matters only where it normalises, at alpha > 0
     assert theory.pi_maj_exact(0, 10, 10, 1, 1, -1) == 0.5
     assert theory.pi_maj_multi((3, 3), np.array([[1.0, 0], [-1.0, 0]]), 1) == 0.5

@@ -132,7 +132,7 @@ def pi_maj_exact(alpha, n1, n2, mu, sigma, cos):
     kappa = np.sqrt(np.maximum(0, n1**2 + n2**2 + 2 * n1 * n2 * cos))
     if np.any((kappa == 0) & (alpha > 0)):
         raise ValueError("cos is -1 with n1 = n2: the mean gradient is 0 and can't normalise")
-    return _pi_maj_at(kappa, alpha, n1, n2, mu, sigma, cos)
+    return _pi_maj_at(alpha * kappa, n1, n2, mu, sigma, cos)
 
 
 def pi_maj_tight(alpha, n1, n2, mu, sigma, cos):
@@ -159,13 +159,13 @@ def pi_maj_tight(alpha, n1, n2, mu, sigma, cos):
         alpha=alpha, n1=n1, n2=n2, mu=mu, sigma=sigma, cos=cos)
     if np.any(n1 < n2):
         raise ValueError(f"n1 is {n1}, below n2 = {n2}; class 1 must be the majority")
-    return _pi_maj_at(n1 - n2, alpha, n1, n2, mu, sigma, cos)
+    return _pi_maj_at(alpha * (n1 - n2), n1, n2, mu, sigma, cos)
 
 
-def _pi_maj_at(kappa, alpha, n1, n2, mu, sigma, cos):
-    """`pi_maj_exact`'s formula at any κ."""
-    spread = np.sqrt(n1 + n2 + 2 * alpha * kappa + alpha**2 * kappa**2 / n2)
-    return ndtr(mu / sigma * half_angle_sine(cos) * (n1 - n2 - alpha * kappa) / spread)
+def _pi_maj_at(x, n1, n2, mu, sigma, cos):
+    """`pi_maj_exact`'s formula at any x = ακ."""
+    spread = np.sqrt(n1 + n2 + 2 * x + x**2 / n2)
+    return ndtr(mu / sigma * half_angle_sine(cos) * (n1 - n2 - x) / spread)
 
 
 # --------------------------------------------------------------------------------------------------
