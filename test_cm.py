@@ -1446,8 +1446,12 @@ def test_theory_ladder_on_random_settings():
 def test_theory_random_settings_are_as_described():
     two = theory.random_settings(1000, 1)
     assert all(values.shape == (1000,) for values in two.values())
-    assert (two["n1"] > two["n2"]).all() and (two["n2"] >= 1).all()
-    assert two["alpha"].min() < 0.05 and two["alpha"].max() > 0.95
+    more = two["n1"] - two["n2"]
+    for values, low, high in ((two["n2"], 1, 1e3), (more, 1, 1e4), (two["mu"], 0.1, 10),
+                              (two["sigma"], 0.1, 1e3)):  # spread evenly over the orders
+        assert low <= values.min() < 1.2 * low and 0.8 * high < values.max() <= high
+    for values, low, high in ((two["alpha"], 0, 1), (two["cos"], -0.999, 0.999)):
+        assert low <= values.min() < low + 0.05 and high - 0.05 < values.max() <= high
     many = theory.random_multi_settings(1000, 1)
     assert len(many) == 1000 and {len(setting["counts"]) for setting in many} == {2, 3, 4, 5, 6}
     cosines = []
@@ -1535,9 +1539,18 @@ def test_theory_check_of_the_ladder_sees_each_step(monkeypatch, capsys):
         report = theory.Report(trials=1, seed=0)
         theory.check_bounds(report, settings)
         lines = capsys.readouterr().out.splitlines()
-        row, total = lines[-3:-1]
+        row, total, loose = lines[-3:]
         assert report.ok == row.endswith("ok") == total.endswith("ok") == ok
         assert (" 0 violations" in total) == ok
+        if ok:
+            rungs = right(**theory.random_settings(10_000, 0))
+            assert loose.strip() == theory.looseness(("tighter", "middle", "last"), rungs)
+
+
+def test_theory_looseness_is_the_mean_gap_to_the_exact_value():
+    rungs = np.array([[0.0, 0.5], [1.0, 0.5], [1.0, 1.0]])
+    words = theory.looseness(("first", "second"), rungs)
+    assert words == "how loose, mean of bound − exact: first 0.5000, second 0.7500"
 
 
 def test_theory_multi_class_with_orthogonal_and_general_means():
@@ -1651,7 +1664,7 @@ def test_theory_the_ends_of_each_range_are_no_nonsense():
     assert theory.pi_maj_tight([0, 1], [5, 5], 5, 1, 1, 0).tolist() == [0.5, 0.5]
     # a mean gradient of 0 matters only where it normalises, at alpha > 0
     assert theory.pi_maj_exact(0, 10, 10, 1, 1, -1) == 0.5
-    assert theory.pi_maj_multi((3, 3), np.array([[1.0, 0], [-1.0, 0]]), 1) == 0.5
+    assert theory.pi_maj_multi((3, 3), [[1.0, 0], [-1.0, 0]], 1) == 0.5
     assert theory.simulate((1, 1), theory.two_means(1, 0, 2), 1.0, trials=1) in (0, 1)
 
 
