@@ -1464,6 +1464,8 @@ def test_theory_random_settings_are_as_described():
         assert 0.1 < norms[0] * math.sqrt(counts.sum()) / setting["sigma"] < 10
         cosines.append(means[0] @ means[-1] / norms[0]**2)
     assert min(cosines) < -0.5 and max(cosines) > 0.9
+    assert sum(setting["counts"][-1] == 1 for setting in many) > 100
+    assert 900 < max(setting["counts"][0] for setting in many) <= 1000
     alphas = [setting["alpha"] for setting in many]
     assert 0 <= min(alphas) < 0.05 and 0.95 < max(alphas) <= 1
     other = theory.random_multi_settings(2, 2)[1]
@@ -1515,6 +1517,9 @@ def test_theory_a_wrong_mended_bound_is_rejected_by_the_same_check(
     random_line = next(line for line in out.splitlines() if "random settings" in line)
     assert report.ok == right and random_line.endswith("ok" if right else "FAILS")
     assert (": 0 violations of the mended bound" in random_line) == right
+    assert int(re.search(r"(\d+) of \(F.17\)", random_line)[1]) > 100
+    words = [re.search(r"VIOLATED|holds", line)[0] for line in out.splitlines() if "α=" in line]
+    assert words[3:] == ["VIOLATED", "VIOLATED", "holds"]  # the counterexample's rows
 
 
 def test_theory_check_of_the_mended_bound_wants_the_papers_to_fail(monkeypatch, capsys):
@@ -1595,6 +1600,13 @@ def test_theory_estimate_depends_neither_on_dimension_nor_on_blocks():
     estimates += [estimate(8, seed=9, block=block) for block in (7, 1000, 50_000)]
     assert all(within_noise(one, exact) for one in estimates) and len(set(estimates)) > 3
     assert estimate(8, seed=4, trials=999) == estimate(8, seed=4, trials=999)
+
+
+def test_theory_a_class_drawn_in_several_pieces_has_all_its_samples(monkeypatch):
+    monkeypatch.setattr(theory, "BLOCK", 600)  # 3 samples at a time of 100 trials in 2 dimensions
+    estimate = theory.simulate((4, 2), theory.two_means(1, 0, 2), 3.0, trials=TRIALS, block=100)
+    assert within_noise(estimate, theory.pi_maj(4 / 6, 6, 1, 3, 0))
+    assert not within_noise(estimate, theory.pi_maj(6 / 8, 8, 1, 3, 0))
 
 
 def test_theory_arrays_broadcast():
