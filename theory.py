@@ -404,7 +404,9 @@ class Report:
         """Simulate one setting against its closed form: within four standard errors."""
         trials = trials or self.trials
         self.simulated += 1
-        estimate = simulate(counts, means, sigma, alpha, trials, self.seed + self.simulated)
+        hashed = np.random.SeedSequence([self.seed, self.simulated])  # a sum: runs that overlap
+        seed = int(hashed.generate_state(1, np.uint64)[0])
+        estimate = simulate(counts, means, sigma, alpha, trials, seed)
         self.gaussians += trials * int(sum(counts)) * np.shape(means)[1]
         error = float(standard_error(closed_form, trials))
         z = (estimate - closed_form) / error if estimate != closed_form else 0.0
