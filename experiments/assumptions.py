@@ -1,45 +1,56 @@
 """Where the theory's assumptions fail, and what alpha_r is.
 
-    python -m experiments.assumptions                 # two tables, results/assumptions.csv, assets/alpha_r.png; a minute
+    python -m experiments.assumptions             # a minute; assets/alpha_r.png
+    python -m experiments.assumptions --table     # only the tables and the picture
 
-First table: theory.py's simulation with one assumption of F.1 broken at a time, against the formula that assumes it.
-Second: Assumption F.2 posits an alpha_r that grows from 0 at rank 0 to 1 at full rank. Measured here: the share of a
-random gradient's squared norm that lies in the tangent space of BA, the directions in which BA can move at all.
+First table: theory.py's simulation with one assumption of F.1 broken at a time, against the formula
+that assumes it (results/assumptions.csv). Second: Assumption F.2 posits an alpha_r that grows from
+0 at rank 0 to 1 at full rank. Measured here: the share of a random gradient's squared norm that
+lies in the tangent space of BA, the directions in which BA can move at all (results/alpha_r.csv).
 """
 
-import argparse
-import csv
+import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import theory
+from experiments import common
 
-HERE = Path(__file__).parent
 N1, N2, SIGMA, DIM = 90, 10, 8.0, 8
+SHAPES = ((16, 48), (24, 24))  # of the matrices whose tangent spaces are measured
+FACTORS = {"random": "random factors", "start": "LoRA's start, B = 0", "trained": "after training"}
+
+# ------------------------------------------------------------------------------------------------
+# Assumption F.1, broken
 
 
 def student_t(rng, shape, nu=3):
-    """Unit-variance Student t."""
+    """Student t noise of variance 1."""
     return (rng.standard_t(nu, shape) / np.sqrt(nu / (nu - 2))).astype(np.float32)
 
 
 def stretched(direction, factor):
-    """Noise of mean variance 1 whose variance along the unit vector `direction` is `factor` times that of the rest."""
+    """Noise of mean variance 1 whose variance along the vector `direction` is `factor` times that
+    of the rest."""
     rest = DIM / (DIM - 1 + factor)
     unit = (direction / np.linalg.norm(direction)).astype(np.float32)
 
     def noise(rng, shape):
         g = theory.gaussian(rng, shape) * np.float32(np.sqrt(rest))
-        return g + (g @ unit)[..., None] * unit * np.float32(np.sqrt(factor) - 1)
+        along = (g @ unit)[..., None] * unit
+        return g + along * np.float32(np.sqrt(factor) - 1)
     return noise
 
 
 def correlated(rho):
-    """Noise that the samples of a class share with correlation rho (a batch of near-duplicates)."""
+    """Noise of variance 1 that any two samples of a class share with correlation rho, as in a batch
+    of near-duplicates."""
     def noise(rng, shape):
-        common = theory.gaussian(rng, (shape[0], 1, shape[2]))
-        return np.float32(np.sqrt(rho)) * common + np.float32(np.sqrt(1 - rho)) * theory.gaussian(rng, shape)
+        shared = theory.gaussian(rng, (shape[0], 1, shape[2]))
+        own = theory.gaussian(rng, shape)
+        return np.float32(np.sqrt(rho)) * shared + np.float32(np.sqrt(1 - rho)) * own
     return noise
 
 
@@ -47,11 +58,12 @@ def violations():
     """(name, means, sigma, noise) with one assumption broken each."""
     means = theory.two_means(1.0, 0.0, DIM)
     v = means[0] - means[1]
-    return [("none broken", means, SIGMA, theory.gaussian),
-            ("‖μ_1‖ = 2 ‖μ_2‖", means * [[2 / 1.5], [1 / 1.5]], SIGMA, theory.gaussian),
-            ("‖μ_1‖ = ‖μ_2‖ / 2", means * [[1 / 1.5], [2 / 1.5]], SIGMA, theory.gaussian),
-            ("σ_1 = 2 σ_2", means, np.array([2, 1]) * SIGMA / 1.5, theory.gaussian),
-            ("σ_1 = σ_2 / 2", means, np.array([1, 2]) * SIGMA / 1.5, theory.gaussian),
+    gaussian = theory.gaussian
+    return [("none broken", means, SIGMA, gaussian),
+            ("‖μ_1‖ = 2 ‖μ_2‖", means * [[2 / 1.5], [1 / 1.5]], SIGMA, gaussian),
+            ("‖μ_1‖ = ‖μ_2‖ / 2", means * [[1 / 1.5], [2 / 1.5]], SIGMA, gaussian),
+            ("σ_1 = 2 σ_2", means, np.array([2, 1]) * SIGMA / 1.5, gaussian),
+            ("σ_1 = σ_2 / 2", means, np.array([1, 2]) * SIGMA / 1.5, gaussian),
             ("variance × 4 along μ_1 − μ_2", means, SIGMA, stretched(v, 4.0)),
             ("variance / 4 along μ_1 − μ_2", means, SIGMA, stretched(v, 0.25)),
             ("Student t, ν = 3", means, SIGMA, student_t),
@@ -60,33 +72,49 @@ def violations():
 
 
 def break_assumptions(trials, seed):
-    """Rows (assumption broken, alpha, formula, simulated, standard error, difference in standard errors)."""
+    """Rows of the first table, one a violation and alpha."""
     rows = []
     for alpha in (0.0, 0.5):
         formula = float(theory.pi_maj_exact(alpha, N1, N2, 1.0, SIGMA, 0.0))
         for name, means, sigma, noise in violations():
             estimate = theory.simulate((N1, N2), means, sigma, alpha, trials, seed, noise)
-            error = float(theory.standard_error(min(max(estimate, 1 / trials), 1 - 1 / trials), trials))
-            rows.append((name, alpha, formula, estimate, error, (estimate - formula) / error))
+            inside = min(max(estimate, 1 / trials), 1 - 1 / trials)  # else an error may be 0
+            error = float(theory.standard_error(inside, trials))
+            rows.append({"assumption broken": name, "alpha": str(alpha), "formula": formula,
+                         "simulated": estimate, "standard error": error,
+                         "difference in s.e.": (estimate - formula) / error})
     return rows
 
 
-def tangent_share(gradient, b, a, tolerance=1e-8):
-    """Share of ||G||^2 inside {dB A + B dA}: its projection is P_B G + G P_A - P_B G P_A. gradient [d, k], b [d, r], a [r, k]."""
-    def basis(m):  # orthonormal columns that span m's
-        if m.shape[1] == 0:
-            return m
-        u, s, _ = np.linalg.svd(m, full_matrices=False)
-        return u[:, s > tolerance * max(s[0], tolerance)]
-    u, v = basis(b), basis(a.T)
-    outside = gradient - u @ (u.T @ gradient)
-    outside = outside - (outside @ v) @ v.T
+# ------------------------------------------------------------------------------------------------
+# Assumption F.2: alpha_r as the share of a gradient that BA can follow
+
+
+def basis(m, tolerance=1e-8):
+    """Orthonormal columns that span the columns of m [n, r], r >= 0."""
+    if m.shape[1] == 0:
+        return m
+    u, s, _ = np.linalg.svd(m, full_matrices=False)
+    return u[:, s > tolerance * max(s[0], tolerance)]
+
+
+def tangent_share(gradient, b, a):
+    """Share of ||G||^2 inside {dB A + B dA}. gradient [d, k], b [d, r], a [r, k].
+
+    With the projections P_B on B's columns and P_A on A's rows, what lies outside is
+    (1 - P_B) G (1 - P_A)."""
+    columns, rows = basis(b), basis(a.T)
+    outside = gradient - columns @ (columns.T @ gradient)
+    outside = outside - (outside @ rows) @ rows.T
     return 1 - (outside**2).sum() / (gradient**2).sum()
 
 
 def trained_factors(d, k, rank, rng, steps=2000, lr=0.1):
-    """B (from 0) and A (LoRA's) after gradient descent on ||BA - M||^2 / 2 for a random M of falling spectrum."""
-    target = (rng.standard_normal((d, min(d, k))) * 0.7 ** np.arange(min(d, k))) @ rng.standard_normal((min(d, k), k)) / np.sqrt(k)
+    """B (from 0) and A (LoRA's) after gradient descent on ||BA - M||^2 / 2 for a random M [d, k] of
+    falling spectrum."""
+    full = min(d, k)
+    left = rng.standard_normal((d, full)) * 0.7 ** np.arange(full)
+    target = left @ rng.standard_normal((full, k)) / np.sqrt(k)
     b, a = np.zeros((d, rank)), rng.uniform(-1, 1, (rank, k)) / np.sqrt(k)
     for _ in range(steps):
         residual = b @ a - target
@@ -95,84 +123,117 @@ def trained_factors(d, k, rank, rng, steps=2000, lr=0.1):
 
 
 def rank_effect(d, k, repeats, seed):
-    """Rows (d, k, rank, share at random factors, 1 - (1 - r/d)(1 - r/k), share at B = 0, r/k, share after training)."""
-    rng, rows = np.random.default_rng(seed), []
+    """Rows of the second table for d x k matrices, one a rank: the share at random factors, at
+    LoRA's start and after training, mean over `repeats` random gradients; and what random factors
+    and the start should give."""
+    rng = np.random.default_rng(seed)
+    rows = []
     for rank in range(min(d, k) + 1):
         shares = []
         for _ in range(repeats):
             gradient = rng.standard_normal((d, k))
             b, a = rng.standard_normal((d, rank)), rng.standard_normal((rank, k))
-            shares.append((tangent_share(gradient, b, a), tangent_share(gradient, 0 * b, a),
+            shares.append((tangent_share(gradient, b, a),
+                           tangent_share(gradient, np.zeros_like(b), a),
                            tangent_share(gradient, *trained_factors(d, k, rank, rng))))
         random, start, trained = np.mean(shares, 0)
-        rows.append((d, k, rank, random, 1 - (1 - rank / d) * (1 - rank / k), start, rank / k, trained))
+        rows.append({"d": d, "k": k, "rank": rank, "random": random,
+                     "random, formula": 1 - (1 - rank / d) * (1 - rank / k),
+                     "start": start, "start, formula": rank / k, "trained": trained})
     return rows
 
 
-def verdict(rows):
-    """In words, from the measured columns, whether Assumption F.2 holds for each kind of factors."""
-    words = []
-    for name, column in (("random factors", 3), ("LoRA's start, B = 0", 5), ("after training", 7)):
-        share = np.array([r[column] for r in rows])
-        holds = [abs(share[0]) < 1e-9, (np.diff(share) > -0.02).all(), abs(share[-1] - 1) < 1e-6]
-        words.append(f"{name}: 0 at rank 0 {'yes' if holds[0] else 'NO'}, grows {'yes' if holds[1] else 'NO'}, 1 at full rank "
-                     f"{'yes' if holds[2] else f'NO ({share[-1]:.2f})'}; at a tenth of full rank {np.interp(0.1 * (len(share) - 1), range(len(share)), share):.2f}")
-    return words
+def verdict(share):
+    """In words, whether Assumption F.2 holds for the shares at ranks 0, 1, ..., full rank."""
+    share = np.asarray(share)
+    full = len(share) - 1
+    starts = "yes" if abs(share[0]) < 1e-5 else "NO"
+    grows = "yes" if (np.diff(share) > -0.02).all() else "NO"  # their noise is about 0.01
+    ends = "yes" if abs(share[-1] - 1) < 1e-5 else f"NO ({share[-1]:.2f})"
+    tenth = np.interp(0.1 * full, range(full + 1), share)
+    return (f"0 at rank 0 {starts}, grows {grows}, 1 at full rank {ends}; "
+            f"at a tenth of full rank {tenth:.2f}")
 
 
-def draw(shapes, path):
-    from matplotlib.figure import Figure
+# ------------------------------------------------------------------------------------------------
+# Tables and the picture
+
+
+def table(rows):
+    """The first table, as text."""
+    number = common.numbers(rows, ("assumption broken", "alpha"))
+    return common.markdown({
+        "assumption broken": rows["assumption broken"], "α": rows["alpha"],
+        "formula": number["formula"].map("{:.4f}".format),
+        "simulated": number["simulated"].map("{:.4f}".format),
+        "difference": (number["simulated"] - number["formula"]).map("{:+.4f}".format),
+        "in standard errors": number["difference in s.e."].map("{:.1f}".format)})
+
+
+def rank_table(rows):
+    """The second table, at each eighth of full rank, and the verdicts on all ranks, as text."""
+    shown, lines = [], []
+    for (d, k), mine in rows.groupby(["d", "k"], sort=False):
+        size = f"{d:.0f} × {k:.0f}"
+        for _, r in mine[mine["rank"] * 8 % min(d, k) == 0].iterrows():
+            shown.append({"matrix": size, "rank": f"{r['rank']:.0f}",
+                          "random factors": f"{r['random']:.3f}",
+                          "1 − (1 − r/d)(1 − r/k)": f"{r['random, formula']:.3f}",
+                          "B = 0": f"{r['start']:.3f}", "r/k": f"{r['start, formula']:.3f}",
+                          "after training": f"{r['trained']:.3f}"})
+        lines += [f"{size}, {name}: {verdict(mine[column])}" for column, name in FACTORS.items()]
+    return "\n".join([common.markdown(shown), "", *lines])
+
+
+def draw(rows, path):
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(shapes), sharey=True)
-    for axis, rows in zip(axes, shapes):
-        (d, k), table = rows[0][:2], np.array(rows)
-        x = table[:, 2] / min(d, k)
-        axis.plot(x, table[:, 3], "o", ms=4, label="random factors")
-        axis.plot(x, table[:, 4], "C0-", lw=1, label="1 − (1 − r/d)(1 − r/k)")
-        axis.plot(x, table[:, 7], "x", color="C2", ms=5, label="after training")
-        axis.plot(x, table[:, 5], "s", color="C1", ms=4, label="LoRA's start, B = 0")
-        axis.plot(x, table[:, 6], "C1-", lw=1, label="r / k")
-        axis.set(title=f"{d} × {k}", xlabel="rank / full rank")
+    axes = figure.subplots(1, len(SHAPES), sharey=True)
+    for axis, ((d, k), mine) in zip(axes, rows.groupby(["d", "k"], sort=False), strict=True):
+        x = mine["rank"] / min(d, k)
+        axis.plot(x, mine["random"], "o", ms=4, label="random factors")
+        axis.plot(x, mine["random, formula"], "C0-", lw=1, label="1 − (1 − r/d)(1 − r/k)")
+        axis.plot(x, mine["trained"], "x", color="C2", ms=5, label="after training")
+        axis.plot(x, mine["start"], "s", color="C1", ms=4, label="LoRA's start, B = 0")
+        axis.plot(x, mine["start, formula"], "C1-", lw=1, label="r / k")
+        axis.set(title=f"{d:.0f} × {k:.0f}", xlabel="rank / full rank")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of a gradient that BA can follow")
     axes[0].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    common.save(figure, path)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="assumptions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser("assumptions", __doc__, rows=False)
     parser.error = theory.fail
     parser.add_argument("--trials", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=10, help="random gradients a rank")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE.parent, help="where experiments/results/ and assets/ lie")
+    parser.add_argument("--out", type=Path, default=common.HERE.parent,
+                        help="where experiments/results/ and assets/ lie")
+    parser.add_argument("--table", action="store_true",
+                        help="run nothing; show the tables and draw the picture of the rows")
     args = parser.parse_args(argv)
-    if min(args.trials, args.repeats) < 1 or args.seed < 0:
-        theory.fail(f"--trials is {args.trials}, --repeats {args.repeats}, --seed {args.seed}; they must be at least 1, 1 and 0")
-    results = args.out / "experiments" / "results" / "assumptions.csv"
-    results.parent.mkdir(parents=True, exist_ok=True)
-
-    rows = break_assumptions(args.trials, args.seed)
-    print(f"N_1 = {N1}, N_2 = {N2}, σ/μ = {SIGMA:g}, orthogonal means, {args.trials:,} trials\n"
-          f"{'assumption broken':34} {'α':>4} {'formula':>9} {'simulated':>10} {'difference':>11} {'in s.e.':>8}")
-    for name, alpha, formula, estimate, error, z in rows:
-        print(f"{name:34} {alpha:4.1f} {formula:9.4f} {estimate:10.4f} {estimate - formula:+11.4f} {z:8.1f}")
-    with open(results, "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["assumption broken", "alpha", "formula", "simulated", "standard error", "difference in s.e."])
-        writer.writerows([r[:2] + tuple(f"{v:.6g}" for v in r[2:]) for r in rows])
-
-    shapes = [rank_effect(d, k, args.repeats, args.seed) for d, k in ((16, 48), (24, 24))]
-    for table in shapes:
-        d, k = table[0][:2]
-        print(f"\nα_r as the share of a random {d} × {k} gradient in the tangent space of BA, {args.repeats} gradients a rank\n"
-              f"{'rank':>4} {'random':>8} {'formula':>8} {'B = 0':>8} {'r/k':>8} {'trained':>8}")
-        for row in table:
-            print(f"{row[2]:4d} " + " ".join(f"{v:8.3f}" for v in row[3:]))
-        print("\n".join(verdict(table)))
-    draw(shapes, args.out / "assets" / "alpha_r.png")
+    results = args.out / "experiments" / "results"
+    try:
+        if min(args.trials, args.repeats) < 1 or args.seed < 0:
+            raise ValueError(f"--trials is {args.trials}, --repeats {args.repeats}, --seed "
+                             f"{args.seed}; they must be at least 1, 1 and 0")
+        if not args.table:
+            rows = break_assumptions(args.trials, args.seed)
+            common.write_rows(results / "assumptions.csv", common.text(rows))
+            ranks = [row for d, k in SHAPES for row in rank_effect(d, k, args.repeats, args.seed)]
+            common.write_rows(results / "alpha_r.csv", common.text(ranks))
+        broken = common.read_table(results / "assumptions.csv")
+        ranks = common.numbers(common.read_table(results / "alpha_r.csv"), ())
+        print(f"N_1 = {N1}, N_2 = {N2}, σ/μ = {SIGMA:g}, orthogonal means\n")
+        print(table(broken))
+        print("\nα_r as the share of a random d × k gradient in the tangent space of BA\n")
+        print(rank_table(ranks))
+        draw(ranks, args.out / "assets" / "alpha_r.png")
+        return 0
+    except (ValueError, OSError) as e:
+        theory.fail(e)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

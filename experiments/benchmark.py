@@ -1,17 +1,19 @@
 """Speed and memory, as ratios of two ways to do a thing within one run: B's time over A's.
 
-    pip install diffusers torch-fidelity && python -m experiments.benchmark      # some ten minutes on two cores
-    python -m experiments.benchmark --preset small --batch-size 32               # the CPU-sized network
+    python -m experiments.benchmark                                    # ten minutes on two cores
+    python -m experiments.benchmark --preset small --batch-size 32     # the CPU-sized network
 
-Rows: a training step (forward and backward) of CM's network against the plain one, against CM with two full passes and against
-diffusers' UNet; sampling merged against plain; on a GPU mixed precision and torch.compile; fid.py's metrics on random features of
-Inception's size and its Inception with the same random weights, against torch-fidelity; theory.py's simulation against bare drawing.
-Memory is what a step keeps for its backward pass.
+It needs diffusers and torch-fidelity (pip install). Rows: a training step (forward and backward) of
+CM's network against the plain one, against CM with two full passes and against diffusers' UNet;
+sampling merged against plain; on a GPU mixed precision and torch.compile; theory.py's simulation
+against bare drawing; fid.py's metrics on random features of Inception's size, and its Inception
+with the same random weights, against torch-fidelity. Memory is what a step keeps for its backward
+pass.
 """
 
-import argparse
 import dataclasses
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,156 +25,280 @@ from torch.utils.flop_counter import FlopCounterMode
 import cm
 import fid
 import theory
+from experiments import common
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def seconds(function):
     start = time.perf_counter()
     function()
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def row(name, a, b, repeats):
-    """Time both by turns and print the medians, and the median and spread of the paired ratios."""
-    a(), b()
+def compare(name, a, b, repeats):
+    """Time a and b by turns. A row: their median seconds, the median and range of b's over a's."""
+    a(), b()  # the first calls also allocate and compile
     pairs = np.array([(seconds(a), seconds(b)) for _ in range(repeats)])
-    (first, second), ratios = np.median(pairs, 0), pairs[:, 1] / pairs[:, 0]
-    print(f"{name:64} {first:8.3f} s {second:8.3f} s   {np.median(ratios):5.2f} × [{ratios.min():.2f} to {ratios.max():.2f}]", flush=True)
-    return float(np.median(ratios))
+    first, second = np.median(pairs, 0)
+    ratios = pairs[:, 1] / pairs[:, 0]
+    print(f"{name}: {np.median(ratios):.2f}", file=sys.stderr, flush=True)  # minutes go by
+    return {"B over A": name, "A, s": f"{first:.3f}", "B, s": f"{second:.3f}",
+            "B / A, median [range]":
+                f"{np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]"}
 
 
 def kept_for_backward(function):
     """MB of distinct storages that autograd keeps while `function` computes its loss."""
     kept = {}
 
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+    def pack(tensor):  # held, so that no address is used twice
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+
+    def unpack(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         function()
     return sum(t.untyped_storage().nbytes() for t in kept.values()) / 2**20
 
 
-def network_rows(preset, batch_size, repeats):
-    """The rows of cm.py's network; returns {name: ratio}."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = ["--preset", preset, "--base", "ddpm", "--batch-size", str(batch_size)]
-    c, plain_c = (cm.parse(options + extra)[0].resolved() for extra in ([], ["--no-cm"]))
-    counts, alpha_bar = cm.class_counts(5000, 100, 10), cm.make_alpha_bar(device)
-    g = torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(2, batch_size, 3, c.image_size, c.image_size, generator=g).to(device)
-    y, t = (torch.randint(n, (batch_size,), generator=g).to(device) for n in (10, cm.T))
-    plain, factorised = (cm.make_unet(k, 10, 3).to(device, memory_format=torch.channels_last) for k in (plain_c, c))
-    plain_loss, cm_loss = (cm.CapacityManipulation(u, counts, k).to(device) for u, k in ((plain, plain_c), (factorised, c)))
-    omega_con, omega_div = cm_loss.omega_con[y], cm_loss.omega_div[y]
+def flops(function, *args):
+    """(the function's result, the FLOPs that it took)"""
+    with FlopCounterMode(display=False) as counter:
+        result = function(*args)
+    return result, counter.get_total_flops()
 
-    def two_passes():
-        x_t = cm.add_noise(x0, t, eps, alpha_bar)
-        with cm.same_masks(x_t), cm.general_only(factorised):
-            eps_theta_g = factorised(x_t, t, y)
-        eps_theta = factorised(x_t, t, y)
-        return (cm.squared_distance(eps_theta, eps) + cm.capacity_loss(eps_theta, eps_theta_g, omega_con, omega_div, c.div_margin)).mean()
 
-    losses = {"plain": lambda: plain_loss(x0, y, t, eps, y)[0], "CM": lambda: cm_loss(x0, y, t, eps, y)[0], "CM with two full passes": two_passes}
-    step = lambda name: lambda: losses[name]().backward()
-    with FlopCounterMode(display=False) as whole:
-        h = plain.encode(x0, t, y)
-    encoder = whole.get_total_flops()
-    with FlopCounterMode(display=False) as whole:
-        plain.decode(*h)
-    decoder = whole.get_total_flops()
-    print(f"\n{preset} preset, {sum(p.numel() for p in plain.parameters()) / 1e6:.2f} M parameters, {c.image_size} × {c.image_size}, batch {batch_size}; "
-          f"the decoder has {decoder / (encoder + decoder):.0%} of the FLOPs: a CM step costs at least {1 + decoder / (encoder + decoder):.2f} plain steps")
-    ratios = {name: row(f"{name} step over plain step", step("plain"), step(name), repeats) for name in ("CM", "CM with two full passes")}
-    memory = {name: kept_for_backward(loss) for name, loss in losses.items()}
-    print("kept for backward: " + ", ".join(f"{name} {mb:.0f} MB ({mb / memory['plain']:.2f} ×)" for name, mb in memory.items()))
-    merged = cm.merge(factorised)
+class Network:
+    """cm.py's network plain and with reserved capacity, one batch, and the losses to compare."""
 
-    def predict(unet):
+    def __init__(self, preset, batch_size):
+        options = ["--preset", preset, "--base", "ddpm", "--batch-size", str(batch_size)]
+        self.config = cm.parse(options)[0].resolved()
+        plain_config = cm.parse([*options, "--no-cm"])[0].resolved()
+        self.counts = cm.class_counts(5000, 100, 10)
+        self.alpha_bar = cm.make_alpha_bar(DEVICE)
+        self.plain = self.to_device(cm.make_unet(plain_config, 10, 3))
+        self.reserved = self.to_device(cm.make_unet(self.config, 10, 3))
+        self.plain_losses = cm.CapacityManipulation(self.plain, self.counts, plain_config)
+        self.cm_losses = cm.CapacityManipulation(self.reserved, self.counts, self.config)
+        self.plain_losses.to(DEVICE)
+        self.cm_losses.to(DEVICE)
+
+        g = torch.Generator().manual_seed(0)
+        shape = (batch_size, 3, self.config.image_size, self.config.image_size)
+        self.x0, self.eps = torch.randn(2, *shape, generator=g).to(DEVICE)
+        self.y = torch.randint(10, (batch_size,), generator=g).to(DEVICE)
+        self.t = torch.randint(cm.T, (batch_size,), generator=g).to(DEVICE)
+
+    def to_device(self, network):
+        return network.to(DEVICE, memory_format=torch.channels_last)
+
+    def plain_loss(self):
+        return self.plain_losses(self.x0, self.y, self.t, self.eps, self.y)[0]
+
+    def cm_loss(self):
+        return self.cm_losses(self.x0, self.y, self.t, self.eps, self.y)[0]
+
+    def two_passes_loss(self):
+        """CM's loss with an encoder pass each for theta and theta_g."""
+        x_t = cm.add_noise(self.x0, self.t, self.eps, self.alpha_bar)
+        with cm.same_masks(x_t), cm.general_only(self.reserved):
+            eps_theta_g = self.reserved(x_t, self.t, self.y)
+        eps_theta = self.reserved(x_t, self.t, self.y)
+        omega_con, omega_div = (w[self.y] for w in (self.cm_losses.omega_con,
+                                                    self.cm_losses.omega_div))
+        base = cm.squared_distance(eps_theta, self.eps)
+        capacity = cm.capacity_loss(eps_theta, eps_theta_g, omega_con, omega_div,
+                                    self.config.div_margin)
+        return (base + capacity).mean()
+
+    def loss_of(self, network):
+        """The plain loss of a network that is called as diffusers' are."""
+        x_t = cm.add_noise(self.x0, self.t, self.eps, self.alpha_bar)
+        return cm.squared_distance(network(x_t, self.t, self.y).sample, self.eps).mean()
+
+    def predict(self, network):
         with torch.no_grad():
-            unet(x0, t, y)
-    ratios["merged"] = row("predicting with the merged network over the plain one", lambda: predict(plain), lambda: predict(merged), 3 * repeats)
+            network(self.x0, self.t, self.y)
+
+
+def step(loss):
+    """Forward and backward of a loss function, as one function."""
+    def run():
+        loss().backward()
+    return run
+
+
+def millions(network):
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
+
+
+def network_rows(preset, batch_size, repeats):
+    """Rows of cm.py's network; prints its size and memory."""
+    network = Network(preset, batch_size)
+    plain, plain_step = network.plain, step(network.plain_loss)
+    hidden, encoder = flops(plain.encode, network.x0, network.t, network.y)
+    _, decoder = flops(plain.decode, *hidden)
+    share = decoder / (encoder + decoder)
+    size = network.config.image_size
+    print(f"{preset} preset, {millions(plain)} parameters, {size} × {size}, batch {batch_size}; "
+          f"the decoder has {share:.0%} of the FLOPs: a CM step costs at least {1 + share:.2f} "
+          "plain steps")
+    losses = {"plain": network.plain_loss, "CM": network.cm_loss,
+              "CM with two full passes": network.two_passes_loss}
+    memory = {name: kept_for_backward(loss) for name, loss in losses.items()}
+    print("kept for backward: " + ", ".join(f"{name} {mb:.0f} MB ({mb / memory['plain']:.2f} ×)"
+                                            for name, mb in memory.items()))
+
+    rows = [compare(f"{name} step over plain step", plain_step, step(losses[name]), repeats)
+            for name in ("CM", "CM with two full passes")]
+    merged = cm.merge(network.reserved)
+    rows.append(compare("predicting with the merged network over the plain one",
+                        lambda: network.predict(plain), lambda: network.predict(merged),
+                        3 * repeats))
     if preset == "paper":
-        import diffusers
-        peer = diffusers.UNet2DModel(
-            sample_size=32, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(128, 256, 256, 256), dropout=0.1,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"), attention_head_dim=256,
-            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), num_class_embeds=10).to(device, memory_format=torch.channels_last)
-        ratios["diffusers"] = row(f"diffusers' UNet2DModel ({sum(p.numel() for p in peer.parameters()) / 1e6:.2f} M) over the plain step", step("plain"),
-                                  lambda: cm.squared_distance(peer(cm.add_noise(x0, t, eps, alpha_bar), t, y).sample, eps).mean().backward(), repeats)
-    if device == "cuda":
-        def mixed():
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = losses["CM"]()
-            loss.backward()
-        compiled = cm.CapacityManipulation(factorised, counts, dataclasses.replace(c, compile=True)).to(device)
-        ratios["bf16"] = row("CM step in float32 over bfloat16", mixed, step("CM"), repeats)
-        ratios["compile"] = row("CM step eager over compiled", lambda: compiled(x0, y, t, eps, y)[0].backward(), step("CM"), repeats)
-    return ratios
+        peer = network.to_device(diffusers_unet())
+        rows.append(compare(f"diffusers' UNet2DModel ({millions(peer)}) over the plain step",
+                            plain_step, step(lambda: network.loss_of(peer)), repeats))
+    return rows + (gpu_rows(network, repeats) if DEVICE == "cuda" else [])
 
 
-def features(n, d=2048, seed=0):
-    """Two sets of random features [n, d] of full rank, their spectrum falling as Inception's does."""
+def gpu_rows(network, repeats):
+    """What a CM step gains by mixed precision and by torch.compile."""
+    def mixed_loss():
+        with torch.autocast("cuda", torch.bfloat16):
+            return network.cm_loss()
+
+    compiled = cm.CapacityManipulation(network.reserved, network.counts,
+                                       dataclasses.replace(network.config, compile=True))
+    compiled = compiled.to(DEVICE)
+
+    def compiled_loss():
+        return compiled(network.x0, network.y, network.t, network.eps, network.y)[0]
+
+    eager_step = step(network.cm_loss)
+    return [compare("CM step in float32 over bfloat16", step(mixed_loss), eager_step, repeats),
+            compare("CM step eager over compiled", step(compiled_loss), eager_step, repeats)]
+
+
+def diffusers_unet():
+    """diffusers' UNet of the paper preset's shape."""
+    import diffusers
+    return diffusers.UNet2DModel(
+        sample_size=32, in_channels=3, out_channels=3, layers_per_block=2, dropout=0.1,
+        block_out_channels=(128, 256, 256, 256), attention_head_dim=256, num_class_embeds=10,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+
+
+def theory_row(repeats):
+    n1, n2, dim, trials, block = 90, 10, 8, 20_000, 2**22
+    rng = np.random.default_rng(0)
+
+    def draw():
+        for _ in range(trials * (n1 + n2) * dim // block + 1):
+            rng.standard_normal(block, np.float32)
+
+    def simulate():
+        theory.simulate((n1, n2), theory.two_means(1.0, 0.0, dim), 8.0, trials=trials)
+
+    return compare("theory.simulate over drawing its Gaussians on one thread", draw, simulate,
+                   repeats)
+
+
+def features(n, dim=2048, seed=0):
+    """Two sets of random features [n, dim] of full rank, whose spectrum falls as Inception's does.
+    """
     g = torch.Generator().manual_seed(seed)
-    spectrum = torch.arange(1, d + 1) ** -0.75
-    basis = lambda: torch.linalg.qr(torch.randn(d, d, generator=g)).Q
-    return torch.randn(n, d, generator=g) * spectrum @ basis(), (1.1 * torch.randn(n, d, generator=g) + 0.05) * spectrum @ basis()
+    spectrum = torch.arange(1, dim + 1) ** -0.75
+
+    def gaussian(rows):
+        return torch.randn(rows, dim, generator=g)
+
+    def rotated(x):
+        return x * spectrum @ torch.linalg.qr(gaussian(dim)).Q
+
+    return rotated(gaussian(n)), rotated(1.1 * gaussian(n) + 0.05)
+
+
+def metric_rows(size, dim, repeats):
+    """Rows of fid.py's metrics (A) and torch-fidelity's (B) on the same features [size, dim]."""
+    from torch_fidelity import metric_fid, metric_kid, metric_prc
+
+    def statistics(*sets):
+        return [metric_fid.fid_features_to_statistics(s.double()) for s in sets]
+
+    def peer_distance(stats):
+        distance = metric_fid.fid_statistics_to_metric(*stats, False)
+        return distance["frechet_inception_distance"]
+
+    def distance_row(a, b):
+        assert abs(fid.frechet_distance(a, b) / peer_distance(statistics(a, b)) - 1) < 1e-6
+        return compare(f"Fréchet distance from {len(a)} × {dim} features",
+                       lambda: fid.frechet_distance(a, b),
+                       lambda: peer_distance(statistics(a, b)), repeats)
+
+    a, b = features(size, dim)
+    stats = statistics(a, b)
+    subset = min(1000, size)
+    return [
+        distance_row(*features(dim * 5 // 4, dim)), distance_row(a, b),
+        compare(f"its trace, from {dim} × {dim} covariances",
+                lambda: fid.full_rank_trace(*(s["sigma"] for s in stats)),
+                lambda: peer_distance(stats), repeats),
+        compare(f"KID from {size} × {dim} features",
+                lambda: fid.kernel_distance(a, b, 20, subset),
+                lambda: metric_kid.kid_features_to_metric(
+                    a, b, kid_subsets=20, kid_subset_size=subset, verbose=False), repeats),
+        compare(f"precision and recall from {size} × {dim} features",
+                lambda: fid.precision_recall(a, b),
+                lambda: metric_prc.prc_features_to_metric(b, a, verbose=False), repeats)]
+
+
+def inception_row(repeats):
+    """fid.py's Inception (A) and torch-fidelity's (B) with the same random weights."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    with tempfile.TemporaryDirectory() as directory:
+        weights = Path(directory) / "random.pth"
+        torch.save(fid.Inception().net.state_dict(), weights)
+        ours = fid.inception(weights)
+        peer = FeatureExtractorInceptionV3("i", ["2048", "logits_unbiased"],
+                                           feature_extractor_weights_path=str(weights))
+        images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+        with torch.inference_mode():
+            return compare("Inception, 32 images of 32 × 32", lambda: ours(images),
+                           lambda: peer(images), repeats)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = cm.fail
+    parser = common.parser("benchmark", __doc__, rows=False)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, default=10_000, help="features a set")
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--preset", choices=list(cm.PRESETS), default="paper", help="the network")
-    parser.add_argument("--batch-size", type=int, default=64 if torch.cuda.is_available() else 4)
+    parser.add_argument("--batch-size", type=int, default=64 if DEVICE == "cuda" else 4)
     args = parser.parse_args(argv)
     if min(args.repeats, args.size, args.dim, args.batch_size) < 1:
         cm.fail("--repeats, --size, --dim and --batch-size must be at least 1")
-    try:
-        import diffusers  # noqa: F401, network_rows' peer; a missing one is said before minutes of measuring
+    try:  # a missing peer is said before minutes of measuring
+        import diffusers  # noqa: F401
         import torch_fidelity
     except ImportError as e:
         cm.fail(f"{e.name} is missing; pip install diffusers torch-fidelity")
-    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-          f"medians of {args.repeats}\n{'B over A':64} {'A':>10} {'B':>10}   B / A")
-    network_rows(args.preset, args.batch_size, args.repeats)
-    n1, n2, trials, rng = 90, 10, 20_000, np.random.default_rng(0)
-
-    def draw():
-        for _ in range(trials * (n1 + n2) * 8 // 2**22 + 1):
-            rng.standard_normal(2**22, np.float32)
-    row("theory.simulate over drawing its Gaussians on one thread", draw,
-        lambda: theory.simulate((n1, n2), theory.two_means(1.0, 0.0, 8), 8.0, trials=trials), args.repeats)
-    from torch_fidelity import metric_fid, metric_kid, metric_prc
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    print(f"\ntorch-fidelity {torch_fidelity.__version__} (B) over ours (A)")
-
-    def peer_fid(a, b):
-        stats = [metric_fid.fid_features_to_statistics(s.double()) for s in (a, b)]
-        return metric_fid.fid_statistics_to_metric(*stats, False)["frechet_inception_distance"]
-
-    for n in (args.dim * 5 // 4, args.size):
-        a, b = features(n, args.dim)
-        assert abs(fid.frechet_distance(a, b) / peer_fid(a, b) - 1) < 1e-6
-        row(f"Fréchet distance from {n} × {args.dim} features", lambda: fid.frechet_distance(a, b), lambda: peer_fid(a, b), args.repeats)
-    stats = [metric_fid.fid_features_to_statistics(s.double()) for s in (a, b)]
-    row(f"its trace, from {args.dim} × {args.dim} covariances", lambda: fid.full_rank_trace(*(s["sigma"] for s in stats)),
-        lambda: metric_fid.fid_statistics_to_metric(*stats, False), args.repeats)
-    size = min(1000, args.size)
-    row(f"KID from {args.size} × {args.dim} features", lambda: fid.kernel_distance(a, b, 20, size),
-        lambda: metric_kid.kid_features_to_metric(a, b, kid_subsets=20, kid_subset_size=size, verbose=False), args.repeats)
-    row(f"precision and recall from {args.size} × {args.dim} features", lambda: fid.precision_recall(a, b),
-        lambda: metric_prc.prc_features_to_metric(b, a, verbose=False), args.repeats)
-    with tempfile.TemporaryDirectory() as directory:
-        weights = Path(directory) / "random.pth"
-        torch.save(fid.Inception().net.state_dict(), weights)
-        ours, peer = fid.inception(weights), FeatureExtractorInceptionV3("i", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
-        images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
-        with torch.inference_mode():
-            row("Inception, 32 images of 32 × 32", lambda: ours(images), lambda: peer(images), args.repeats)
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+          f"medians of {args.repeats}, of sampling of {3 * args.repeats}")
+    rows = [*network_rows(args.preset, args.batch_size, args.repeats), theory_row(args.repeats)]
+    print("\n" + common.markdown(rows))
+    print(f"\ntorch-fidelity {torch_fidelity.__version__} (B) over ours (A)\n")
+    rows = metric_rows(args.size, args.dim, args.repeats)
+    rows.append(inception_row(args.repeats))
+    print(common.markdown(rows))
 
 
 if __name__ == "__main__":

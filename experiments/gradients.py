@@ -1,53 +1,71 @@
-"""The theory on a real network: per-sample gradients of the largest and the smallest class, against Theorem 2.1.
+"""The theory on a real network: per-sample gradients of the largest and the smallest class, against
+Theorem 2.1.
 
-    python -m experiments.gradients --data /usr/share/datasets/fashion-mnist     # results/gradients.csv, assets/gradients.png
-    python -m experiments.gradients --table                                      # only the table and the picture
+    python -m experiments.gradients --data /usr/share/datasets/fashion-mnist
+    python -m experiments.gradients --table       # only the tables, and assets/gradients.png
 
-Trains DDPM and CM (options that aren't its own go to cm.py) and stops at `--at` steps. There, for three decoder convolutions,
-`torch.func` gives each sample's gradient of Eq. (4). A weight is one output filter, a row of W. Samples of a class fall into
-three parts: A gives v, the difference of the means' directions, mu_1 / |mu_1| - mu_2 / |mu_2|; B the quantities of Assumption
-F.1; C is held out. With N = 100 gradients of C, a share `a` of the largest class, a weight is dominated where their sum . v > 0:
-the update's angle to mu_1 is the smaller one. Where the means are equally long, as F.1 has it, that is theory.py's criterion.
+Trains DDPM and CM (options that aren't its own go to cm.py) and stops at `--at` steps. There, for
+three decoder convolutions, `torch.func` gives each sample's gradient of Eq. (4). A weight is one
+output filter, a row of W. Samples of a class fall into three parts: A gives v, the difference of
+the means' directions, mu_1 / |mu_1| - mu_2 / |mu_2|; B the quantities of Assumption F.1; C is held
+out. With N = 100 gradients of C, a share `a` of the largest class, a weight is dominated where
+their sum . v > 0: the update's angle to mu_1 is the smaller one. Where the means are equally long,
+as F.1 has it, that is theory.py's criterion.
 
-Columns: part, what the gradient is of: W (DDPM), W_g, BA (through A and B: g_B A + B g_A) or W_g+BA, where W moves; mu_1, mu_2:
-root mean square over weights of the means' lengths, without the bias sigma^2 dim / n (products of two parts); sigma_1, sigma_2;
-cos; quality: how much of |mu_1 - mu_2| lies along v, below 1 because v is an estimate; anisotropy: variance along v over the mean variance; kurtosis:
-excess along v (median over weights); predicted: (F.7), its argument times the quality; projected: (F.7) without equal means, equal
-spread and isotropy, from each weight's own mean and variance along v; observed: share of weights dominated, mean over batches.
+Columns of results/gradients.csv:
+part          what the gradient is of: W (DDPM), W_g, BA (through A and B: g_B A + B g_A), or
+              W_g+BA, where W moves
+mu_1, mu_2    root mean square over weights of the means' lengths, without the bias
+              sigma^2 dim / n (products of two parts)
+sigma_1, sigma_2, cos
+              of Assumption F.1
+quality       how much of |mu_1 - mu_2| lies along v, below 1 because v is an estimate
+anisotropy    variance along v over the mean variance; median over weights and classes
+kurtosis      excess along v, likewise
+predicted     (F.7), its argument times the quality
+projected     (F.7) without equal means, equal spread and isotropy, from each weight's own mean and
+              variance along v
+observed      share of weights dominated, mean over batches
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy.special import ndtr, ndtri
 from scipy.stats import kurtosis
 from torch.func import functional_call, grad, vmap
 
 import cm
 import theory
-from experiments.study import read_rows, settings, with_defaults, write_rows
+from experiments import common
 
-HERE = Path(__file__).parent
 RATIOS, N, BATCHES = (0.5, 0.6, 0.75, 0.9, 0.99), 100, 500
+METHODS = {"DDPM": ["--no-cm"], "CM": []}
+WORDS = ("method", "options", "layer", "part")
+SMALL = 1e-300  # instead of a division by 0
 
 
 def per_sample_gradients(losses, names, x0, y, t, eps, chunk_size=32):
-    """{name: gradient of Eq. (4) [n, *shape]} of each sample alone, for the named parameters of a CapacityManipulation in
-    eval mode; labels aren't dropped. Their mean is the batch's gradient."""
+    """{name: gradient of Eq. (4) [n, *shape]} of each sample alone, for the named parameters of a
+    CapacityManipulation in eval mode; labels aren't dropped. Their mean is the batch's gradient."""
+    selected = {n: p.detach() for n, p in losses.named_parameters() if n in names}
+
     def loss(selected, *sample):
         x0, y, t, eps = (v[None] for v in sample)
         return functional_call(losses, selected, (x0, y, t, eps, y))[0]
-    selected = {n: p.detach() for n, p in losses.named_parameters() if n in names}
-    return vmap(grad(loss), in_dims=(None, 0, 0, 0, 0), chunk_size=chunk_size)(selected, x0, y, t, eps)
+
+    gradient = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0), chunk_size=chunk_size)
+    return gradient(selected, x0, y, t, eps)
 
 
 def layers(unet):
-    """The first convolution of the decoder's first, middle and last residual block, {name: layer}."""
+    """{name: first convolution} of the decoder's first, middle and last residual block."""
     blocks = [i for i, m in enumerate(unet.decoder) if isinstance(m, cm.ResBlock)]
-    return {f"decoder.{i}.block1.2": unet.decoder[i].block1[2] for i in (blocks[0], blocks[len(blocks) // 2], blocks[-1])}
+    chosen = blocks[0], blocks[len(blocks) // 2], blocks[-1]
+    return {f"decoder.{i}.block1.2": unet.decoder[i].block1[2] for i in chosen}
 
 
 def parts(gradients, name, layer):
@@ -55,146 +73,209 @@ def parts(gradients, name, layer):
     if not isinstance(layer, cm.LowRankReserved):
         return {"W": gradients[f"unet.{name}.weight"].flatten(2)}
     w_g = gradients[f"unet.{name}.layer.weight"].flatten(2)
-    ba = gradients[f"unet.{name}.B"] @ layer.A.detach() + layer.B.detach() @ gradients[f"unet.{name}.A"]
+    g_a, g_b = gradients[f"unet.{name}.A"], gradients[f"unet.{name}.B"]
+    ba = g_b @ layer.A.detach() + layer.B.detach() @ g_a
     return {"W_g": w_g, "BA": ba, "W_g+BA": w_g + ba}
 
 
+def unit(x):
+    """Each row of x at length 1."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), SMALL)
+
+
+def dot(x, y):
+    """Inner product of the rows of x and y, mean over rows."""
+    return float((x * y).sum(1).mean())
+
+
 def estimate(g1, g2, seed=0):
-    """Rows (one a ratio) of gradients [n, rows, columns] of the majority and the minority."""
-    thirds = [[np.asarray(p) for p in np.array_split(g.double().numpy(), 3)] for g in (g1, g2)]
-    (m1a, m1b, _), (m2a, m2b, _) = ([p.mean(0) for p in part] for part in thirds)  # [rows, columns]
-    dot = lambda x, y: float((x * y).sum(1).mean())  # a mean over weights
-    square = [max(dot(m1a, m1b), 0.0), max(dot(m2a, m2b), 0.0)]
+    """Rows, one a ratio of RATIOS, of gradients [n, rows, columns] of the majority (g1) and the
+    minority (g2): the columns named above from mu_1 on."""
+    (a1, b1, c1), (a2, b2, c2) = (np.array_split(g.double().numpy(), 3) for g in (g1, g2))
+    mean_a1, mean_b1, mean_a2, mean_b2 = (part.mean(0) for part in (a1, b1, a2, b2))
+    square = np.maximum([dot(mean_a1, mean_b1), dot(mean_a2, mean_b2)], 0)
     mu = np.sqrt(square)
-    cos = (dot(m1a, m2b) + dot(m1b, m2a)) / 2 / max(mu[0] * mu[1], 1e-300)
-    sigma = [float(np.sqrt(p[1].var(0, ddof=1).mean())) for p in thirds]
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300)
-    v = unit(unit(m1a) - unit(m2a))
-    quality = max(dot(v, m1b - m2b), 0.0) / np.sqrt(max(dot(m1a - m2a, m1b - m2b), 1e-300))
-    along = [[np.einsum("nrc,rc->nr", p, v) for p in part[1:]] for part in thirds]  # B and C on v: [n, rows]
-    row = {"mu_1": mu[0], "mu_2": mu[1], "sigma_1": sigma[0], "sigma_2": sigma[1], "cos": cos, "quality": quality,
-           "anisotropy": np.median([b.var(0, ddof=1) / p[1].var(0, ddof=1).mean(1) for (b, _), p in zip(along, thirds)]),
-           "kurtosis": np.median([kurtosis(b) for b, _ in along])}
-    (b1, c1), (b2, c2) = along
-    rng, rows = np.random.default_rng(seed), []
+    cos = (dot(mean_a1, mean_b2) + dot(mean_b1, mean_a2)) / 2 / max(mu[0] * mu[1], SMALL)
+    variance = [b.var(0, ddof=1) for b in (b1, b2)]  # [rows, columns]
+    sigma = np.sqrt([v.mean() for v in variance])
+
+    v = unit(unit(mean_a1) - unit(mean_a2))
+    length = np.sqrt(max(dot(mean_a1 - mean_a2, mean_b1 - mean_b2), SMALL))
+    quality = max(dot(v, mean_b1 - mean_b2), 0) / length
+    along_b1, along_b2, along_c1, along_c2 = (np.einsum("nrc,rc->nr", part, v)
+                                              for part in (b1, b2, c1, c2))
+    anisotropy = [along.var(0, ddof=1) / of_class.mean(1)
+                  for along, of_class in zip((along_b1, along_b2), variance, strict=True)]
+    row = {"mu_1": mu[0], "mu_2": mu[1], "sigma_1": sigma[0], "sigma_2": sigma[1], "cos": cos,
+           "quality": quality, "anisotropy": np.median(anisotropy),
+           "kurtosis": np.median([kurtosis(along_b1), kurtosis(along_b2)])}
+
+    # F.1 has one length and one spread for both classes: their root mean squares
+    mean_mu, mean_sigma = np.sqrt(square.mean()), np.sqrt((sigma**2).mean())
+    known = mean_mu > 0 and -1 <= cos < 1  # estimates of small means can leave the range
+    rng = np.random.default_rng(seed)
+    rows = []
     for a in RATIOS:
         n1 = round(a * N)
         n2 = N - n1
-        common = np.sqrt(np.mean(square)), np.sqrt(np.mean(np.square(sigma)))
-        known = common[0] > 0 and -1 <= cos < 1  # estimates of small means can leave the range
-        predicted = ndtr(quality * ndtri(theory.pi_maj(a, N, *common, cos))) if known else float("nan")
-        projected = ndtr((n1 * b1.mean(0) + n2 * b2.mean(0)) / np.sqrt(n1 * b1.var(0, ddof=1) + n2 * b2.var(0, ddof=1))).mean()
-        sums = [c1[rng.choice(len(c1), n1, False)].sum(0) + c2[rng.choice(len(c2), n2, False)].sum(0) for _ in range(BATCHES)]
-        shares = (np.array(sums) > 0).mean(1)
-        rows.append(row | {"a": a, "predicted": predicted, "projected": projected, "observed": shares.mean()})
+        predicted = np.nan
+        if known:
+            argument = ndtri(theory.pi_maj(a, N, mean_mu, mean_sigma, cos))
+            predicted = ndtr(quality * argument)
+        mean = n1 * along_b1.mean(0) + n2 * along_b2.mean(0)
+        spread = np.sqrt(n1 * along_b1.var(0, ddof=1) + n2 * along_b2.var(0, ddof=1))
+        sums = np.array([draw_sum(rng, along_c1, n1) + draw_sum(rng, along_c2, n2)
+                         for _ in range(BATCHES)])
+        rows.append(row | {"a": a, "predicted": predicted, "projected": ndtr(mean / spread).mean(),
+                           "observed": (sums > 0).mean(1).mean()})
     return rows
+
+
+def draw_sum(rng, along, n):
+    """The sum of n gradients, drawn without replacement, along v: [rows] from [samples, rows]."""
+    return along[rng.choice(len(along), n, False)].sum(0)
 
 
 def measure(checkpoint, samples, seed=0):
-    """Rows of one checkpoint, layer x part x ratio, from `samples` training images (with repeats, flips, fresh noise and
-    times) each of the largest and of the smallest class. Raises ValueError."""
-    c, unet, counts = cm.load_trained(checkpoint, "model")
-    data = cm.Data(c)
-    losses, chosen = cm.CapacityManipulation(unet, data.counts, c).eval(), layers(unet)
+    """Rows of one checkpoint, layer x part x ratio, from `samples` training images (with repeats,
+    flips as in training, fresh noise and times) each of the largest and of the smallest class.
+    Raises ValueError."""
+    config, unet, counts = cm.load_trained(checkpoint, "model")
+    data = cm.Data(config)
+    losses = cm.CapacityManipulation(unet, data.counts, config).eval()
+    chosen = layers(unet)
+    names = [n for n, _ in losses.named_parameters()
+             if n.startswith(tuple(f"unet.{layer}." for layer in chosen)) and "bias" not in n]
     torch.manual_seed(seed)
-    gradients = []
+    of_class = []
     for k in (int(np.argmax(counts)), int(np.argmin(counts))):
         x0 = cm.to_float(data.images[data.starts[k] + torch.randint(counts[k], (samples,))])
-        x0 = torch.where(torch.rand(samples, 1, 1, 1) < 0.5 * c.flip, x0.flip(3), x0)
-        names = [n for n, _ in losses.named_parameters() if any(n.startswith(f"unet.{name}.") for name in chosen) and "bias" not in n]
-        gradients.append(per_sample_gradients(losses, names, x0, torch.full((samples,), k), torch.randint(cm.T, (samples,)), torch.randn_like(x0)))
-    return [dict(layer=name, part=part) | row for name, layer in chosen.items()
-            for (part, g1), g2 in zip(parts(gradients[0], name, layer).items(), parts(gradients[1], name, layer).values())
-            for row in estimate(g1, g2, seed)]
-
-
-def study(path, runs, stops, samples, flags):
-    """Train both methods from stop to stop and measure at each; what has rows is not measured again. Raises ValueError."""
-    flags = with_defaults(flags, warmup="100")
-    rows = read_rows(path, flags)
-    for method, own in (("DDPM", ["--no-cm"]), ("CM", [])):
-        for stop in sorted(stops):
-            if any(r["method"] == method and int(r["step"]) == stop for r in rows):
-                continue
-            out = runs / method
-            argv = [*flags, *own, "--base", "ddpm", "--steps", str(stop), "--out", str(out)] + ["--resume"] * (out / "config.json").is_file()
-            config, typed = cm.parse(argv)
-            status = cm.train(config.resolved(), typed)
-            if status:
-                sys.exit(status)
-            rows = read_rows(path) + [dict(method=method, step=stop, samples=samples, options=settings(flags)) | r
-                                      for r in measure(out / "checkpoint.pt", samples)]
-            write_rows(path, rows)
+        if config.flip:
+            x0 = torch.where(torch.rand(samples, 1, 1, 1) < 0.5, x0.flip(3), x0)
+        y, t = torch.full((samples,), k), torch.randint(cm.T, (samples,))
+        eps = torch.randn_like(x0)
+        of_class.append(per_sample_gradients(losses, names, x0, y, t, eps))
+    rows = []
+    for name, layer in chosen.items():
+        majority, minority = (parts(gradients, name, layer) for gradients in of_class)
+        for part, g1 in majority.items():
+            rows += [dict(layer=name, part=part) | row
+                     for row in estimate(g1, minority[part], seed)]
     return rows
 
 
+def study(path, runs, stops, samples, flags):
+    """Train both methods from stop to stop and measure at each, but for what has rows already.
+    Raises ValueError, also where a run runs off."""
+    flags = common.with_defaults(flags, warmup="100")
+    rows = common.read_rows(path, common.settings(flags))
+    done = set() if rows.empty else set(zip(rows["method"], rows["step"].astype(int), strict=True))
+    for method, own in METHODS.items():
+        for stop in sorted(stops):
+            if (method, stop) in done:
+                continue
+            out = runs / method
+            ran_off = common.run([*flags, *own, "--base", "ddpm", "--steps", str(stop)], out)
+            if ran_off:
+                raise ValueError(f"{out}: the loss is {ran_off}")
+            shared = dict(method=method, step=stop, samples=samples, options=common.settings(flags))
+            new = common.text([shared | r for r in measure(out / "checkpoint.pt", samples)])
+            rows = common.replace_rows(rows, new, ["method", "step"])
+            common.write_rows(path, rows)
+
+
+def ratio(x, y):
+    return np.divide(x, y, out=np.full(len(x), np.nan), where=np.asarray(y) > 0)
+
+
+def with_ratios(rows):
+    """The rows with what the tables show besides: ratios of the classes' means and spreads, and the
+    spread over the mean's length."""
+    mu = np.sqrt((rows["mu_1"]**2 + rows["mu_2"]**2) / 2)
+    sigma = np.sqrt((rows["sigma_1"]**2 + rows["sigma_2"]**2) / 2)
+    return rows.assign(mu_ratio=ratio(rows["mu_1"], rows["mu_2"]),
+                       sigma_ratio=ratio(rows["sigma_1"], rows["sigma_2"]),
+                       sigma_over_mu=ratio(sigma, mu))
+
+
+def summary(rows):
+    """As text, by part: the range of what was estimated, and how far the predictions are from what
+    was observed, mean of the absolute difference over layers, steps and ratios."""
+    shown = []
+    for part, mine in with_ratios(rows).groupby("part", sort=False):
+        error = {k: (mine[k] - mine["observed"]).abs() for k in ("predicted", "projected")}
+        shown.append({
+            "gradient of": part,
+            "‖μ_1‖/‖μ_2‖": f"{mine['mu_ratio'].min():.2f} to {mine['mu_ratio'].max():.2f}",
+            "anisotropy": f"{mine['anisotropy'].min():.0f} to {mine['anisotropy'].max():.0f}",
+            "error of (F.7)": f"{error['predicted'].mean():.3f}",
+            "error from each weight's own projections": f"{error['projected'].mean():.3f}",
+            "(F.7) had no estimate": f"{mine['predicted'].isna().sum()} of {len(mine)}"})
+    return common.markdown(shown)
+
+
 def table(rows):
-    """As text: what was estimated, by layer, and how far the predictions are from what was observed."""
-    lines = ["| method, step | gradient of | layer | ‖μ_1‖/‖μ_2‖ | σ_1/σ_2 | σ/μ | cos | quality | anisotropy | kurtosis | "
-             + " | ".join(f"Π_maj at a = {a:g}: (F.7) / projected / observed" for a in RATIOS[1:4]) + " |", "| --- " * 13 + "|"]
-    rows = [{k: float(v or "nan") if k not in ("method", "layer", "part", "options") else v for k, v in r.items()} for r in rows]
-    keys = list(dict.fromkeys((r["method"], r["step"], r["part"], r["layer"]) for r in rows))
-    for method, step, part, layer in keys:
-        mine = {r["a"]: r for r in rows if (r["method"], r["step"], r["part"], r["layer"]) == (method, step, part, layer)}
-        r, ratio = mine[RATIOS[0]], lambda x, y: x / y if y > 0 else float("nan")
-        mu, sigma = (((r[f"{n}_1"] ** 2 + r[f"{n}_2"] ** 2) / 2) ** 0.5 for n in ("mu", "sigma"))
-        lines.append(f"| {method}, {step:.0f} | {part} | {layer} | {ratio(r['mu_1'], r['mu_2']):.2f} | {ratio(r['sigma_1'], r['sigma_2']):.2f} | "
-                     f"{ratio(sigma, mu):.1f} | {r['cos']:.2f} | {r['quality']:.2f} | {r['anisotropy']:.1f} | {r['kurtosis']:.1f} | "
-                     + " | ".join(f"{mine[a]['predicted']:.2f} / {mine[a]['projected']:.2f} / {mine[a]['observed']:.2f}" for a in RATIOS[1:4]) + " |")
-    lines.append("")
-    for part in dict.fromkeys(r["part"] for r in rows):
-        mine = [r for r in rows if r["part"] == part]
-        off = {k: [abs(r[k] - r["observed"]) for r in mine if r[k] == r[k]] for k in ("predicted", "projected")}
-        lines.append(f"{part}: |prediction − observed| on average {np.mean(off['predicted'] or [np.nan]):.3f} by (F.7), "
-                     f"{np.mean(off['projected']):.3f} from each weight's own projections; {len(mine) - len(off['predicted'])} of {len(mine)} (F.7) had no estimate")
-    return "\n".join(lines)
+    """As text: what was estimated for each method, step, part and layer."""
+    shown = []
+    keys = ["method", "step", "part", "layer"]
+    for (method, step, part, layer), mine in with_ratios(rows).groupby(keys, sort=False):
+        r = mine.iloc[0]
+        row = {"method, step": f"{method}, {step:.0f}", "gradient of": part, "layer": layer,
+               "‖μ_1‖/‖μ_2‖": f"{r['mu_ratio']:.2f}", "σ_1/σ_2": f"{r['sigma_ratio']:.2f}",
+               "σ/μ": f"{r['sigma_over_mu']:.1f}", "cos": f"{r['cos']:.2f}",
+               "quality": f"{r['quality']:.2f}", "anisotropy": f"{r['anisotropy']:.1f}",
+               "kurtosis": f"{r['kurtosis']:.1f}"}
+        for a in RATIOS[1:4]:
+            at = mine[mine["a"] == a].iloc[0]
+            row[f"Π_maj at a = {a:g}: (F.7) / projected / observed"] = (
+                f"{at['predicted']:.2f} / {at['projected']:.2f} / {at['observed']:.2f}")
+        shown.append(row)
+    return common.markdown(shown)
 
 
 def draw(rows, path):
     """Predicted against observed Pi_maj, and the observed one over training steps at a = 0.9."""
-    from matplotlib.figure import Figure
     figure = Figure(figsize=(10.4, 3.8), layout="constrained")
-    axes, colours = figure.subplots(1, 3), {"W": "C0", "W_g": "C1", "BA": "C2", "W_g+BA": "C3"}
-    for axis, kind, title in ((axes[0], "predicted", "(F.7)"), (axes[1], "projected", "without F.1's equalities")):
-        for part, colour in colours.items():
-            mine = [r for r in rows if r["part"] == part]
-            if mine:
-                axis.plot([float(r[kind]) for r in mine], [float(r["observed"]) for r in mine], "o", ms=3, alpha=0.6, color=colour,
-                          label={"W": "DDPM: W"}.get(part, f"CM: {part}"))
+    axes = figure.subplots(1, 3)
+    colours = {"W": "C0", "W_g": "C1", "BA": "C2", "W_g+BA": "C3"}
+    for part, mine in rows.groupby("part", sort=False):
+        colour = colours[part]
+        label = "DDPM: W" if part == "W" else f"CM: {part}"
+        for axis, kind in zip(axes, ("predicted", "projected"), strict=False):
+            axis.plot(mine[kind], mine["observed"], "o", ms=3, alpha=0.6, color=colour, label=label)
+        for _, of_layer in mine[mine["a"] == 0.9].groupby("layer", sort=False):
+            axes[2].plot(of_layer["step"], of_layer["observed"], "o-", lw=1, ms=3, color=colour,
+                         alpha=0.7)
+    for axis, title in zip(axes, ("(F.7)", "without F.1's equalities"), strict=False):
         axis.plot([0, 1], [0, 1], "k", lw=0.8)
         axis.set(xlabel=f"Π_maj predicted, {title}", ylabel="observed share of weights")
-        axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    for part, colour in colours.items():
-        for layer in dict.fromkeys(r["layer"] for r in rows):
-            mine = [r for r in rows if (r["part"], r["layer"]) == (part, layer) and float(r["a"]) == 0.9]
-            axes[2].plot([int(r["step"]) for r in mine], [float(r["observed"]) for r in mine], "o-", lw=1, ms=3, color=colour, alpha=0.7)
     axes[2].set(xlabel="step", ylabel="observed share, a = 0.9", xscale="log")
-    axes[2].grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    common.save(figure, path)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="gradients", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = cm.fail
-    parser.add_argument("--at", type=int, nargs="+", default=[100, 500, 2000], help="steps to measure at")
+    parser = common.parser("gradients", __doc__)
+    parser.add_argument("--at", type=int, nargs="+", default=[100, 500, 2000],
+                        help="steps to measure at")
     parser.add_argument("--samples", type=int, default=3000, help="per-sample gradients a class")
-    parser.add_argument("--rows", type=Path, default=HERE / "results" / "gradients.csv")
     parser.add_argument("--runs", type=Path, default=Path("runs/gradients"))
-    parser.add_argument("--assets", type=Path, default=HERE.parent / "assets")
-    parser.add_argument("--table", action="store_true", help="only the table and the picture of the rows at hand")
     args, flags = parser.parse_known_args(argv)
     try:
         if args.samples < 3 * N or min(args.at) < 1:
-            raise ValueError(f"--samples is {args.samples}, --at {min(args.at)}; they must be at least {3 * N} and 1")
-        rows = read_rows(args.rows) if args.table else study(args.rows, args.runs, args.at, args.samples, flags)
-        if not rows:
-            raise ValueError(f"{args.rows} has no rows; leave --table away")
+            raise ValueError(f"--samples is {args.samples}, --at {min(args.at)}; "
+                             f"they must be at least {3 * N} and 1")
+        if not args.table:
+            study(args.rows, args.runs, args.at, args.samples, flags)
+        rows = common.numbers(common.read_table(args.rows), WORDS)
         print(table(rows))
+        print()
+        print(summary(rows))
         draw(rows, args.assets / "gradients.png")
         return 0
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError) as e:
         cm.fail(e)
 
 

@@ -1,309 +1,410 @@
 """Does CM help? Methods x seeds on Fashion-MNIST-LT, measured on held-out images.
 
-    python -m experiments.study --data /usr/share/datasets/fashion-mnist             # every run that has no row yet
-    python -m experiments.study --data DIR --stage margin                            # only the sweep of div_margin
-    python -m experiments.study --table                                              # tables, verdicts, pictures of the rows at hand
-    python -m experiments.study --data DIR --rows experiments/results/gpu.csv --preset paper --rank-ratio 0.1 --steps 100000   # a GPU, 32x32
+    python -m experiments.study --data /usr/share/datasets/fashion-mnist     # what has no row yet
+    python -m experiments.study --data DIR --stage margin     # only the sweep of div_margin
+    python -m experiments.study --table                       # tables and pictures of the rows
+    python -m experiments.study --table --rows experiments/results/first_study.csv
+    python -m experiments.study --data DIR --rows experiments/results/gpu.csv --preset paper \\
+        --steps 100000                                        # a GPU, 32x32
 
-Options that aren't its own go to every run of cm.py. Each run has a process (on a CPU: one thread) and a directory of its own;
-a killed one goes on from its checkpoint, a finished one is a row of results/study.csv and is never run again.
+Options that aren't its own go to every run of cm.py. Each run has a process (on a CPU: one thread)
+and a directory of its own; a killed one goes on from its checkpoint, a finished one is a row of
+results/study.csv and is never run again.
 
-Columns: held-out eps-loss of each class under theta and theta_g, and d, with the same noise and times for every run; FD, KD,
-precision, recall and accuracy of `fid.py --features classifier`, overall and for Many / Medium / Few; steps/s; peak memory.
+Columns: held-out eps-loss of each class under theta (or theta_g) and d, with the same noise and
+times for every run; FD, KD, precision, recall and accuracy of `fid.py --features classifier`; all
+overall and for Many / Medium / Few.
 """
 
-import argparse
 import contextlib
-import csv
 import fcntl
 import multiprocessing
 import os
 import re
-import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
+import pandas as pd
 import torch
 import torchvision
+from matplotlib.figure import Figure
 
 import cm
 import fid
+from experiments import common
 
-HERE = Path(__file__).parent
+# ------------------------------------------------------------------------------------------------
+# What is compared
+
 MARGINS = ("0", "0.003", "0.01", "0.03", "0.1", "inf")
 CM = f"CM, m = {cm.Config.div_margin:g}"
-METHODS = {"DDPM": "--no-cm", "RS": "--no-cm --resample 0.5", "Focal": "--no-cm --base focal", "CBDM": "--no-cm --base cbdm",
-           "OC": "--no-cm --base oc", "CM on CBDM": "--base cbdm", "CM on OC": "--base oc"}
-METHODS |= {f"CM, m = {m}": f"--div-margin {m}" for m in MARGINS}
-ABLATIONS = {"CM, no L_Con": "--no-con", "CM, no L_Div": "--no-div", "CM, λ = 0": "--lam 0"}  # Tab. 7 right; λ = 0 is Eq. (1) without Eq. (2)
-SWEEPS = {"CM, λ = 0.5": "--lam 0.5", "CM, λ = 1.5": "--lam 1.5", "CM, rank ratio 0.1": "--rank-ratio 0.1", "CM, rank ratio 0.5": "--rank-ratio 0.5"}
-METHODS |= ABLATIONS | SWEEPS
-STAGES = {"margin": (["DDPM"] + [f"CM, m = {m}" for m in MARGINS], 3),
-          "main": (["DDPM", CM, "OC", "CM on OC", "CBDM", "CM on CBDM", "RS", "Focal"], 3),  # Tab. 2, 3, 7 left, Fig. 4a
-          "ablation": (list(ABLATIONS), 3), "sweep": (list(SWEEPS), 1)}  # Fig. 4b, 4c
+BASELINES = {"RS": "--no-cm --resample 0.5", "Focal": "--no-cm --base focal",
+             "CBDM": "--no-cm --base cbdm", "OC": "--no-cm --base oc"}
+COMBINED = {"CM on CBDM": "--base cbdm", "CM on OC": "--base oc"}  # Fig. 4a
+WITH_MARGIN = {f"CM, m = {m}": f"--div-margin {m}" for m in MARGINS}
+ABLATIONS = {"CM, no L_Con": "--no-con", "CM, no L_Div": "--no-div",  # Tab. 7, right
+             "CM, λ = 0": "--lam 0"}  # Eq. (1) without Eq. (2)
+SWEEPS = {"CM, λ = 0.5": "--lam 0.5", "CM, λ = 1.5": "--lam 1.5",  # Fig. 4b
+          "CM, rank ratio 0.1": "--rank-ratio 0.1",
+          "CM, rank ratio 0.5": "--rank-ratio 0.5"}  # Fig. 4c
+METHODS = {"DDPM": "--no-cm"} | BASELINES | COMBINED | WITH_MARGIN | ABLATIONS | SWEEPS
+
+STAGES = {  # name: (methods, number of seeds)
+    "margin": (["DDPM", *WITH_MARGIN], 3),
+    "main": (["DDPM", CM, "OC", "CM on OC", "CBDM", "CM on CBDM", "RS", "Focal"], 3),
+    "ablation": (list(ABLATIONS), 3),
+    "sweep": (list(SWEEPS), 1)}
+CLAIMS = {  # of each stage: (what the paper reports, the better method, the worse one)
+    "margin": [],
+    "main": [(f"Tab. 2, 3: CM beats {m}", CM, m) for m in ("DDPM", *BASELINES)]
+    + [(f"Fig. 4a: CM on {m} beats {m}", f"CM on {m}", m) for m in ("CBDM", "OC")]
+    + [("Tab. 7: θ beats θ_g", CM, f"{CM}, θ_g")],
+    "ablation": [("Tab. 7: CM beats CM without L_Con", CM, "CM, no L_Con"),
+                 ("Tab. 7: CM beats CM without L_Div", CM, "CM, no L_Div"),
+                 ("Fig. 4b: λ = 1 beats 0", CM, "CM, λ = 0")],
+    "sweep": [(f"Fig. 4b: λ = 1 beats {v}", CM, f"CM, λ = {v}") for v in ("0.5", "1.5")]
+    + [(f"Fig. 4c: CM's rank ratio beats {v}", CM, f"CM, rank ratio {v}") for v in ("0.1", "0.5")]}
+
 SPLITS = ("overall", "Many", "Medium", "Few")
-# (what the paper reports, our better method, our worse one): on FD, and on the Few split
-CLAIMS = ([(f"Tab. 2, 3: CM beats {m}", CM, m) for m in ("DDPM", "RS", "Focal", "CBDM", "OC")]
-          + [(f"Fig. 4a: CM on {m} beats {m}", f"CM on {m}", m) for m in ("CBDM", "OC")]
-          + [("Tab. 7: θ beats θ_g", CM, f"{CM}, θ_g"), ("Tab. 7: CM beats CM without L_Con", CM, "CM, no L_Con"),
-             ("Tab. 7: CM beats CM without L_Div", CM, "CM, no L_Div")]
-          + [(f"Fig. 4b: λ = 1 beats {v}", CM, f"CM, λ = {v}") for v in ("0", "0.5", "1.5")]
-          + [(f"Fig. 4c: CM's rank ratio beats {v}", CM, f"CM, rank ratio {v}") for v in ("0.1", "0.5")])
+SCORES = ("FD", "KD", "precision", "recall", "accuracy")
+KEY = ["method", "seed"]
+WORDS = ("method", "status", "device", "options")
+CAVEATS = {  # of a file of rows: shown with its tables and on its pictures
+    "first_study.csv": "First study: its seeds shared all batches, noise and sampling noise, so "
+                       "its intervals are over initialisations only.\n"
+                       "Its rows are repeated by commit 2134833, not by later ones."}
 
 
 def base_of(method):
-    """What a method's difference is taken to: the plain network of its base loss; for ablations the whole method."""
+    """What a method is compared with: the plain network of its base loss; of an ablation CM."""
     if method.startswith("CM on "):
-        return method[6:]
+        return method.removeprefix("CM on ")
     if method.endswith(", θ_g"):
-        return method[:-5]
+        return method.removesuffix(", θ_g")
     return CM if method in ABLATIONS | SWEEPS else "DDPM"
 
 
 def rows_of(method):
+    """The names of a run's rows: CM is measured without its reserved part, too."""
     return [method, f"{method}, θ_g"] if method == CM else [method]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-
-
-def with_defaults(flags, **defaults):
-    """The options for cm.py that were typed, after them our own where they weren't. Raises ValueError where cm.py would."""
-    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]  # --name=value too
-    defaults = {"dataset": "fashion", "rank_ratio": "0.3"} | defaults  # at 16 channels the paper's 0.1 is rank 1 to 3: README
-    for name, value in defaults.items():
-        option = "--" + name.replace("_", "-")
-        flags = flags if option in flags else [*flags, option, value]
-    cm.parse(flags)[0].resolved()
-    return flags
-
-
-def settings(flags):
-    """The options that all rows of one table share: their order and where the data lie don't matter."""
-    options = re.split(" (?=--)", " ".join(flags))
-    return " ".join(sorted(o for o in options if o.split(" ")[0] != "--data"))
+# ------------------------------------------------------------------------------------------------
+# One run
 
 
 def measure(method, seed, flags, directory, num_images):
-    """Train, or go on training; sample; evaluate. The rows of one run, None where it was stopped."""
+    """Train, or go on training; sample; evaluate. The rows of one run, None where it was stopped.
+
+    In a process of its own; what it prints goes to `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as lock, open(directory / "output.txt", "a", buffering=1) as text, \
-            contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a study that was killed may have left this run's process behind
-        out, cuda = directory / "run", torch.cuda.is_available()
-        argv = [*flags, "--base", "ddpm", *METHODS[method].split(), "--seed", str(seed), "--out", str(out)]
-        config, typed = cm.parse(argv + ["--resume"] * (out / "config.json").is_file())
-        status, began, fresh = "finished", time.time(), not (out / "checkpoint.pt").is_file()
+    with (open(directory / "lock", "w") as lock,
+          open(directory / "output.txt", "a", buffering=1) as output,
+          contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed study may have left this run's process behind
+        own = [*METHODS[method].split(), "--seed", str(seed)]
         try:
-            if cm.train(config.resolved(), typed) != 0:
-                return None
-        except FloatingPointError as e:
-            status = re.search(r"not finite at step \d+", str(e))[0]
-        row = dict(method=method, seed=seed, status=status, device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread",
-                   options=settings(flags))
-        if status != "finished":
-            return [row | {"method": m} for m in rows_of(method)]
-        c, ema, counts = cm.load_trained(out / "checkpoint.pt")
-        seconds = (out / "checkpoint.pt").stat().st_mtime - began
-        row |= {"steps/s": c.steps / seconds if fresh else float("nan"),  # a resumed run has no one speed
-                "peak MB": torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
-        device = "cuda" if cuda else "cpu"
-        data = cm.Data(c, device)
-        loss, loss_g, d = cm.held_out_loss(ema.to(device), data.held_out, data.held_out_labels, len(counts), per_class=200, times=10)
+            ran_off = common.run([*flags, "--base", "ddpm", *own], directory / "run")
+        except SystemExit as e:
+            if e.code < 128:  # not a signal
+                raise
+            return None
+        cuda = torch.cuda.is_available()
+        shared = dict(seed=seed, status=ran_off or "finished",
+                      device=(torch.cuda.get_device_name() if cuda
+                              else f"CPU, {torch.get_num_threads()} thread"),
+                      options=common.settings(flags))
+        if ran_off:
+            return [dict(method=name) | shared for name in rows_of(method)]
+        checkpoint = directory / "run" / "checkpoint.pt"
+        held_out = held_out_columns(checkpoint, "cuda" if cuda else "cpu")
         rows = []
         for name in rows_of(method):
             general = name != method
             samples = directory / ("samples_g.npz" if general else "samples.npz")
-            argv = ["--sample", str(out / "checkpoint.pt"), "--out", str(samples), "--num-images", str(num_images), "--seed", str(seed), "--overwrite"]
+            argv = ["--sample", str(checkpoint), "--out", str(samples), "--overwrite",
+                    "--num-images", str(num_images), "--seed", str(seed)]
             cm.generate(cm.parse(argv + ["--general-only"] * general)[0])
-            scores = fid.evaluate(samples, c.dataset, c.data, features="classifier", device=device, cache=directory.parent / "fid")
-            rows.append(row | {"method": name}
-                        | {f"{kind} {k}": float(v) for kind, values in (("loss", loss_g if general else loss), ("d", d)) for k, v in enumerate(values)}
-                        | {f"{kind} {s}": scores[s][kind] for kind in ("FD", "KD", "precision", "recall", "accuracy") for s in SPLITS if s in scores}
-                        | {f"loss {s}": float((loss_g if general else loss)[k].nanmean()) for s, k in cm.splits(counts).items()}
-                        | {f"d {s}": float(d[k].nanmean()) for s, k in cm.splits(counts).items()})
+            scores = score_columns(samples, checkpoint, directory.parent / "fid")
+            rows.append(dict(method=name) | shared | held_out[general] | scores)
         return rows
 
 
-def read_rows(path, flags=None):
-    """The rows of a .csv, none where there is no file. Raises ValueError where they were made with other options than `flags`."""
-    if not path.is_file():
-        return []
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
-    other = next((r["options"] for r in rows if r["options"] != settings(flags)), None) if flags is not None else None
-    if other is not None:
-        raise ValueError(f"{path} was made with other options ({other}); name another file with --rows")
-    return rows
+def held_out_columns(checkpoint, device):
+    """Columns for theta and for theta_g: held-out loss and d of each class and split."""
+    config, ema, counts = cm.load_trained(checkpoint)
+    data = cm.Data(config, device)
+    loss, loss_g, d = cm.held_out_loss(ema.to(device), data.held_out, data.held_out_labels,
+                                       len(counts), per_class=200, times=10)
+
+    def columns(kind, values):
+        of_class = {f"{kind} {k}": float(v) for k, v in enumerate(values)}
+        return of_class | {f"{kind} {split}": float(values[classes].nanmean())
+                           for split, classes in cm.splits(counts).items()}
+    return columns("loss", loss) | columns("d", d), columns("loss", loss_g) | columns("d", d)
 
 
-def write_rows(path, rows):
-    """The rows, dicts, as a .csv with a column for each key of any."""
-    columns = list(dict.fromkeys(k for r in sorted(rows, key=len, reverse=True) for k in r))
+def score_columns(samples, checkpoint, cache):
+    """Columns of the evaluation of generated images, overall and by split."""
+    config = cm.load_trained(checkpoint)[0]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scores = fid.evaluate(samples, config.dataset, config.data, features="classifier",
+                          device=device, cache=cache)
+    return {f"{kind} {split}": float(scores[split][kind])
+            for kind in SCORES for split in SPLITS if split in scores}
 
-    def write(p):
-        with open(p, "w", newline="") as f:
-            writer = csv.DictWriter(f, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cm.write_atomically(path, write)
+
+# ------------------------------------------------------------------------------------------------
+# All runs
+
+
+def in_order(rows):
+    """Rows by method, as METHODS has them, then by seed."""
+    names = [name for method in METHODS for name in (method, f"{method}, θ_g")]
+    place = rows["method"].map(names.index)
+    return rows.iloc[np.lexsort((rows["seed"].astype(int), place))]
+
+
+def missing_runs(stages, rows):
+    """(method, seed) of what has no rows yet: DDPM and CM first, since everything is compared with
+    them, then seed by seed."""
+    wanted = [(method, seed) for stage in stages for seed in range(STAGES[stage][1])
+              for method in STAGES[stage][0]]
+    done = set()
+    if len(rows):
+        done = set(zip(rows["method"], rows["seed"].astype(int), strict=True))
+    missing = [(method, seed) for method, seed in dict.fromkeys(wanted)
+               if not all((name, seed) in done for name in rows_of(method))]
+    return sorted(missing, key=lambda run: run[0] not in ("DDPM", CM))
 
 
 def study(stages, path, runs, flags, jobs, num_images):
-    """Run what has no row yet, `jobs` at a time, DDPM and CM first, then seed by seed. Raises ValueError on bad options; 0, or 1 where runs were stopped."""
-    flags = with_defaults(flags, steps="6000")
-    rows = read_rows(path, flags)
-    wanted = [(m, s) for stage in stages for s in range(STAGES[stage][1]) for m in STAGES[stage][0]]
-    done = {(r["method"], int(r["seed"])) for r in rows}
-    todo = [(m, s) for m, s in dict.fromkeys(wanted) if not all((n, s) in done for n in rows_of(m))]
-    todo.sort(key=lambda run: run[0] not in ("DDPM", CM))  # what everything is compared with comes first
-    print(f"{len(set(wanted)) - len(todo)} runs have rows, {len(todo)} to do", flush=True)
-    if not torch.cuda.is_available():
-        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come: results repeat only with the same number of threads
-    stopped = 0
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        slug = lambda m, s: re.sub(r"[^\w.]+", "-", m) + f"-{s}"
-        tasks = {pool.submit(measure, m, s, flags, runs / slug(m, s), num_images): (m, s) for m, s in todo}
+    """Run what has no row yet, `jobs` at a time. 0, or 1 where runs were stopped. Raises ValueError
+    on bad options."""
+    flags = common.with_defaults(flags, steps="6000")
+    missing = missing_runs(stages, common.read_rows(path, common.settings(flags)))
+    print(f"{len(missing_runs(stages, [])) - len(missing)} runs have rows, {len(missing)} to do",
+          flush=True)
+    if not torch.cuda.is_available():  # for the processes to come:
+        os.environ["OMP_NUM_THREADS"] = "1"  # results repeat only with the same number of threads
+    stopped = False
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
+        tasks = {}
+        for method, seed in missing:
+            directory = runs / (re.sub(r"[^\w.]+", "-", method) + f"-{seed}")
+            task = pool.submit(measure, method, seed, flags, directory, num_images)
+            tasks[task] = f"{method}, seed {seed}"
         try:
             for task in as_completed(tasks):
                 new = task.result()
-                stopped += new is None
-                if new:
-                    rows = [r for r in read_rows(path) if (r["method"], int(r["seed"])) not in {(n["method"], n["seed"]) for n in new}] + new
-                    order = [n for m in METHODS for n in (m, f"{m}, θ_g")]
-                    write_rows(path, sorted(rows, key=lambda r: (order.index(r["method"]), int(r["seed"]))))
-                    print(f"{time.strftime('%H:%M')}  {tasks[task][0]}, seed {tasks[task][1]}: {new[0]['status']}, FD {new[0].get('FD overall', float('nan')):.4g}", flush=True)
+                if new is None:
+                    stopped = True
+                    continue
+                rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
+                common.write_rows(path, in_order(rows))
+                print(f"{time.strftime('%H:%M')}  {tasks[task]}: {new[0]['status']}, "
+                      f"FD {new[0].get('FD overall', np.nan):.4g}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return int(stopped > 0)
+    return int(stopped)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and verdicts
+# ------------------------------------------------------------------------------------------------
+# Tables
 
 
 def column(rows, method, name):
-    """{seed: value} of one column for one method; nan where it ran off."""
-    return {int(r["seed"]): float(r.get(name) or "nan") for r in rows if r["method"] == method}
+    """One column of a method's runs, a Series by seed; nan where it ran off."""
+    mine = rows[rows["method"] == method].set_index("seed")
+    return mine[name] if name in mine else pd.Series(np.nan, mine.index)
 
 
 def difference(rows, method, other, name, relative=False):
-    """(mean, half-width of the 95 % interval, seeds) of method - other, paired by seed; half-width nan with one seed."""
-    a, b = column(rows, method, name), column(rows, other, name)
-    values = np.array([(a[s] - b[s]) / (b[s] if relative else 1) for s in sorted(a.keys() & b.keys())])
-    if len(values) < 2:
-        return (values.mean() if len(values) else float("nan")), float("nan"), len(values)
-    return values.mean(), scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5, len(values)
+    """(mean, half-width of the 95 % interval, seeds) of method - other, paired by seed."""
+    return common.difference(column(rows, method, name), column(rows, other, name), relative)
 
 
 def verdict(mean, half, seeds):
     """Of a difference that the paper has below 0."""
-    if seeds < 2 or not np.isfinite(half):
-        return "not run" if seeds == 0 else "ran off" if np.isnan(mean) else "not decidable at this scale (one seed)"
-    return "reproduced" if mean + half < 0 else "not reproduced" if mean - half > 0 else "not decidable at this scale"
+    if seeds == 0:
+        return "not run"
+    if not np.isfinite(mean):
+        return "ran off"
+    if np.isnan(half):
+        return "not decidable at this scale (one seed)"
+    if mean + half < 0:
+        return "reproduced"
+    return "not reproduced" if mean - half > 0 else "not decidable at this scale"
+
+
+def verdict_on(rows, ours, other, name):
+    """The verdict on a claim; to beat a baseline that is itself behind DDPM shows little, and is
+    said as that."""
+    word = verdict(*difference(rows, ours, other, name))
+    if word == "reproduced" and other in BASELINES:
+        mean, half, _ = difference(rows, other, "DDPM", name)
+        if mean - half > 0:
+            return f"ahead, but {other} is itself behind DDPM"
+    return word
 
 
 def off(rows, method):
     """Did its runs run off, to a held-out loss that is worse than that of predicting no noise?"""
-    return not np.mean(list(column(rows, method, "loss Few").values())) < 1
+    return not column(rows, method, "loss Few").mean(skipna=False) < 1
 
 
-def table(rows):
-    """The tables in Markdown and the verdicts, as text."""
-    present = [m for m in dict.fromkeys(n for m in METHODS for n in (m, f"{m}, θ_g")) if column(rows, m, "seed")]
-    spread = lambda v, digits: "–" if not v else f"{np.mean(v):.{digits}f}" + (f" ± {np.std(v, ddof=1):.{digits}f}" if len(v) > 1 else "")
-    shown = [(f"loss {s}", 4) for s in SPLITS[1:]] + [(f"FD {s}", 1) for s in SPLITS] + [
-        ("accuracy Few", 2), ("precision Few", 2), ("recall Few", 2), ("steps/s", 1), ("peak MB", 0)]
-    lines = ["| method | seeds | " + " | ".join(n for n, _ in shown) + " |", "| --- " * (len(shown) + 2) + "|"]
-    for m in present:
-        cells = [spread([v for v in column(rows, m, n).values() if v == v], digits) for n, digits in shown]
-        lines.append(f"| {m} | {len(column(rows, m, 'seed'))} | " + " | ".join(["ran off"] * 3 + cells[3:] if off(rows, m) else cells) + " |")
-    compared = [(m, base_of(m)) for m in present if m != base_of(m) and column(rows, base_of(m), "seed")]
-    cell = lambda mean, half, n, scale, unit: f"{scale * mean:+.2f}{unit}" + (f" [{scale * (mean - half):+.2f}, {scale * (mean + half):+.2f}]" if half == half else "")
-    lines += ["", "Paired differences, mean and 95 % interval over seeds (below 0: better)", "",
-              "| method − base | " + " | ".join([f"loss {s}" for s in SPLITS[1:]] + [f"FD {s}" for s in SPLITS]) + " |", "| --- " * 8 + "|"]
-    for m, b in compared:
-        cells = [cell(*difference(rows, m, b, f"loss {s}", relative=True), 100, " %") for s in SPLITS[1:]]
-        cells += [cell(*difference(rows, m, b, f"FD {s}"), 1, "") for s in SPLITS]
-        lines.append(f"| {m} − {b} | " + " | ".join(["ran off"] * 7 if off(rows, m) or off(rows, b) else cells) + " |")
-    lines += ["", "| the paper's result | FD overall | FD Few | held-out loss Few |", "| --- | --- | --- | --- |"]
-    missing = []
-    for claim, ours, other in CLAIMS:
-        words = [verdict(*difference(rows, ours, other, n)) for n in ("FD overall", "FD Few", "loss Few")]
-        if "not run" in words:
-            missing.append(claim)
-        else:
-            lines.append(f"| {claim} | " + " | ".join(words) + " |")
-    runs = {(m, s) for methods, seeds in STAGES.values() for m in methods for s in range(seeds)}
-    done = sum(s in column(rows, m, "seed") for m, s in runs)
-    lines += ["", f"{done} of {len(runs)} runs are done." + (f" No verdict yet: {'; '.join(missing)}." if missing else "")]
-    return "\n".join(lines)
+def members(rows, stage):
+    """The methods of a stage that have rows, after each the same without BA; first what they are
+    compared with, where that isn't among them."""
+    methods = STAGES[stage][0]
+    names = [base_of(m) for m in methods if base_of(m) not in methods]
+    for method in methods:
+        names += [method, f"{method}, θ_g"]
+    return [name for name in dict.fromkeys(names) if name in set(rows["method"])]
 
 
-def draw(rows, assets, names):
-    """study_theta.png: theta beside theta_g per class; study_few.png: the Few split's gain by method."""
-    from matplotlib.figure import Figure
-    assets.mkdir(parents=True, exist_ok=True)
-    present = [m for m in dict.fromkeys(m for stage in STAGES.values() for m in stage[0]) if column(rows, m, "seed")]
-    figure = Figure(figsize=(6.8, 3.6), layout="constrained")
+def values(rows, stage):
+    """The table of what was measured: mean ± standard deviation over seeds."""
+    digits = {f"loss {s}": 4 for s in SPLITS[1:]} | {f"FD {s}": 1 for s in SPLITS}
+    digits |= {"accuracy Few": 2, "precision Few": 2, "recall Few": 2}
+    shown = []
+    for method in members(rows, stage):
+        cells = {name: common.spread(column(rows, method, name), n) for name, n in digits.items()}
+        if off(rows, method):
+            cells |= {f"loss {s}": "ran off" for s in SPLITS[1:]}
+        shown.append({"method": method, "seeds": len(column(rows, method, "seed"))} | cells)
+    return common.markdown(shown)
+
+
+def differences(rows, stage):
+    """The table of paired differences, absolute; the loss's in thousandths."""
+    scale = {f"FD {s}": 1 for s in SPLITS} | {f"loss {s}": 1000 for s in SPLITS[1:]}
+    shown = []
+    names = members(rows, stage)
+    for method in names:
+        base = base_of(method)
+        if method == base or base not in names:
+            continue
+        ran_off = off(rows, method) or off(rows, base)
+        row = {"method − base": f"{method} − {base}"}
+        for name, factor in scale.items():
+            mean, half, _ = difference(rows, method, base, name)
+            title = name if factor == 1 else f"1000 × {name}"
+            row[title] = "ran off" if ran_off else common.interval(factor * mean, factor * half)
+        shown.append(row)
+    return common.markdown(shown)
+
+
+def verdicts(rows, stage):
+    """The table of what the paper reports and what came out, of what was run."""
+    measures = {"FD overall": "FD overall", "FD Few": "FD Few", "held-out loss Few": "loss Few"}
+    shown = []
+    for claim, ours, other in CLAIMS[stage]:
+        words = {title: verdict_on(rows, ours, other, name) for title, name in measures.items()}
+        if "not run" not in words.values():
+            shown.append({"the paper's result": claim} | words)
+    return common.markdown(shown)
+
+
+def table(rows, stages):
+    """The tables of the stages in Markdown, and how much is done, as text."""
+    lines = []
+    titles = {values: "mean ± standard deviation over seeds",
+              differences: "paired differences, mean and 95 % interval over seeds "
+                           "(below 0: better)",
+              verdicts: "what the paper reports, and what came out"}
+    for stage in stages:
+        for part, title in titles.items():
+            text = part(rows, stage)
+            if text:
+                lines += [f"{stage}: {title}", "", text, ""]
+    runs = set(missing_runs(stages, []))
+    done = len(runs) - len(runs.intersection(missing_runs(stages, rows)))
+    return "\n".join([*lines, f"{done} of {len(runs)} runs are done."])
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw_theta(rows, names, title, path):
+    """theta beside theta_g, by class: held-out loss, mean and standard deviation over seeds."""
+    figure = Figure(figsize=(6.8, 3.8), layout="constrained")
     axis = figure.subplots()
-    for i, (m, label) in enumerate([("DDPM", "DDPM"), (CM, "CM, θ"), (f"{CM}, θ_g", "CM, θ_g: without BA")]):
-        values = [list(column(rows, m, f"loss {k}").values()) for k in range(len(names))]
-        if all(values):
-            axis.bar(np.arange(len(names)) + 0.27 * (i - 1), [np.mean(v) for v in values], 0.25, label=label,
-                     yerr=[np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], error_kw=dict(lw=1))
+    bars = {"DDPM": "DDPM", CM: "CM, θ", f"{CM}, θ_g": "CM, θ_g: without BA"}
+    for i, (method, label) in enumerate(bars.items()):
+        losses = [column(rows, method, f"loss {k}") for k in range(len(names))]
+        axis.bar(np.arange(len(names)) + 0.27 * (i - 1), [v.mean() for v in losses], 0.25,
+                 label=label, yerr=[v.std() for v in losses], error_kw=dict(lw=1))
     axis.set(ylabel="held-out ε-loss")
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axis.legend()
-    figure.savefig(assets / "study_theta.png", dpi=130)
+    figure.suptitle(title, fontsize=8)
+    common.save(figure, path)
 
-    compared = [(m, base_of(m)) for m in present if m != base_of(m) and column(rows, base_of(m), "seed")]
-    figure = Figure(figsize=(8.4, 0.32 * len(compared) + 1.2), layout="constrained")
-    for axis, (name, title) in zip(figure.subplots(1, 2, sharey=True), [("loss Few", "held-out ε-loss on Few, %"), ("FD Few", "FD on Few, %")]):
-        for i, (m, b) in enumerate(compared):
-            mean, half, n = difference(rows, m, b, name, relative=True)
-            if off(rows, m):
+
+def draw_few(rows, title, path):
+    """Each method's difference to its base on Few, in percent of the base."""
+    methods = dict.fromkeys(m for methods, _ in STAGES.values() for m in methods)
+    present = set(rows["method"])
+    compared = [(m, base_of(m)) for m in methods
+                if m in present and base_of(m) in present - {m}]
+    figure = Figure(figsize=(8.4, 0.32 * len(compared) + 1.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, name in zip(axes, ("loss Few", "FD Few"), strict=True):
+        for i, (method, base) in enumerate(compared):
+            if off(rows, method):
                 axis.text(0, i, " ran off", va="center", fontsize=8, color="C3")
                 continue
-            axis.errorbar(100 * mean, i, xerr=None if np.isnan(half) else 100 * half, fmt="o" if n > 1 else "x", color="C0" if n > 1 else "C1", capsize=3)
+            mean, half, seeds = difference(rows, method, base, name, relative=True)
+            several = seeds > 1
+            axis.errorbar(100 * mean, i, xerr=100 * half if several else None, capsize=3,
+                          fmt="o" if several else "x", color="C0" if several else "C1")
         axis.axvline(0, color="k", lw=0.8)
-        axis.set(title=title, xlabel="difference to the base (left: better)")
-        axis.set_yticks(range(len(compared)), [f"{m} − {b}" for m, b in compared], fontsize=8)
+        axis.set(xlabel="difference to the base (left: better)")
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylim(len(compared) - 0.5, -0.5)
-    figure.savefig(assets / "study_few.png", dpi=130)
+    axes[0].set(title="held-out ε-loss on Few, %", ylim=(len(compared) - 0.5, -0.5))
+    axes[0].set_yticks(range(len(compared)), [f"{m} − {base}" for m, base in compared], fontsize=8)
+    axes[1].set(title="FD on Few, %")
+    figure.suptitle(title, fontsize=8)
+    common.save(figure, path)
+
+
+def class_names(rows):
+    """The names of the classes that the rows have losses of."""
+    config = cm.parse(rows["options"].iloc[0].split())[0]
+    known = {"fashion": torchvision.datasets.FashionMNIST.classes, "shapes": cm.SHAPES}
+    numbers = [name.removeprefix("loss ") for name in rows if re.fullmatch(r"loss \d+", name)]
+    return known.get(config.dataset, numbers)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = cm.fail
+    parser = common.parser("study", __doc__)
+    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     parser.add_argument("--stage", choices=list(STAGES), nargs="+", default=list(STAGES))
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)) if not torch.cuda.is_available() else 1, help="runs at a time")
-    parser.add_argument("--rows", type=Path, default=HERE / "results" / "study.csv", help="the table of finished runs")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where run directories lie")
-    parser.add_argument("--assets", type=Path, default=HERE.parent / "assets", help="where pictures go")
+    parser.add_argument("--jobs", type=int, default=cores, help="runs at a time")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"),
+                        help="where run directories lie")
     parser.add_argument("--num-images", type=int, default=5000, help="generated images a run")
-    parser.add_argument("--table", action="store_true", help="run nothing")
     args, flags = parser.parse_known_args(argv)
     try:
         if args.jobs < 1:
             raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
-        status = 0 if args.table else study(args.stage, args.rows, args.runs, flags, args.jobs, args.num_images)
-        rows = read_rows(args.rows)
-        if not rows:
-            raise ValueError(f"{args.rows} has no rows; leave --table away")
-        print(table(rows))
-        names = sorted({int(k.split()[1]) for k in rows[0] if re.fullmatch(r"loss \d+", k)})
-        c = cm.parse(rows[0]["options"].split())[0].resolved()
-        known = {"fashion": torchvision.datasets.FashionMNIST.classes, "shapes": cm.SHAPES}.get(c.dataset)
-        draw(rows, args.assets, [known[k] for k in names] if known else [str(k) for k in names])
+        status = 0
+        if not args.table:
+            status = study(args.stage, args.rows, args.runs, flags, args.jobs, args.num_images)
+        rows = common.numbers(common.read_table(args.rows), WORDS)
+        caveat = CAVEATS.get(args.rows.name, "")
+        if caveat:
+            print(caveat + "\n")
+        print(table(rows, args.stage))
+        draw_theta(rows, class_names(rows), caveat, args.assets / f"{args.rows.stem}_theta.png")
+        draw_few(rows, caveat, args.assets / f"{args.rows.stem}_few.png")
         return status
     except (ValueError, OSError) as e:
         cm.fail(e)

@@ -1,0 +1,246 @@
+"""What the scripts share: rows on disk, runs of cm.py, statistics, tables, a training loop.
+
+It has no command line. The scripts import this file, never each other.
+"""
+
+import argparse
+import re
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+import torch
+from tqdm import tqdm
+
+import cm
+
+HERE = Path(__file__).parent
+ASSETS = HERE.parent / "assets"
+
+# ------------------------------------------------------------------------------------------------
+# Rows on disk. A table is text from end to end, so that reading and writing it changes no digit;
+# `numbers` is for computing.
+
+
+def text(rows):
+    """A table of text of `rows`, dicts; floats with six digits, "" where a row lacks a column."""
+    shown = [{k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in r.items()}
+             for r in rows]
+    return pd.DataFrame(shown, dtype=str).fillna("")
+
+
+def read_rows(path, options=None):
+    """The table of text in a .csv, empty where there is no file.
+
+    Raises ValueError where its rows were made with other `options` than these (see `settings`)."""
+    if not path.is_file():
+        return pd.DataFrame()
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if options is not None:
+        others = rows.loc[rows["options"] != options, "options"]
+        if len(others):
+            raise ValueError(f"{path} was made with other options ({others.iloc[0]}); "
+                             "name another file with --rows")
+    return rows
+
+
+def read_table(path):
+    """The rows that --table shows. Raises ValueError where there are none."""
+    rows = read_rows(path)
+    if rows.empty:
+        raise ValueError(f"{path} has no rows; leave --table away")
+    return rows
+
+
+def replace_rows(rows, new, key):
+    """`rows` without those that agree with a row of `new` in the columns `key`, then `new`."""
+    if rows.empty:
+        return new
+    gone = pd.MultiIndex.from_frame(rows[key]).isin(pd.MultiIndex.from_frame(new[key]))
+    return pd.concat([rows[~gone], new], ignore_index=True).fillna("")
+
+
+def write_rows(path, rows):
+    """Write a table as .csv, atomically, and its directory where that is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cm.write_atomically(path, lambda p: rows.to_csv(p, index=False, lineterminator="\n"))
+
+
+def numbers(rows, words):
+    """A copy of a table of text in which all columns but `words` are floats, "" as nan."""
+    names = [name for name in rows if name not in words]
+    return rows.replace({name: "" for name in names}, "nan").astype({name: float for name in names})
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs of cm.py
+
+
+def with_defaults(flags, **defaults):
+    """The options for cm.py that were typed, after them our own where they weren't.
+
+    Raises ValueError where cm.py would."""
+    flags = [part for flag in flags
+             for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    for name, value in ({"dataset": "fashion"} | defaults).items():
+        option = "--" + name.replace("_", "-")
+        if option not in flags:
+            flags = [*flags, option, value]
+    cm.parse(flags)[0].resolved()
+    return flags
+
+
+def settings(flags):
+    """The options that all rows of a table share, as text: in order, and not where the data lie."""
+    options = re.split(" (?=--)", " ".join(flags))
+    return " ".join(sorted(o for o in options if o.split(" ")[0] != "--data"))
+
+
+def run(flags, out):
+    """Train with cm.py's options `flags` in the directory `out`, or go on there.
+
+    "" where the run was finished, else at which step it ran off ("not finite at step N").
+    Raises ValueError where cm.py would, and SystemExit where a signal stopped it; then the same
+    call goes on."""
+    resume = ["--resume"] if (out / "config.json").is_file() else []
+    config, typed = cm.parse([*flags, "--out", str(out), *resume])
+    try:
+        status = cm.train(config.resolved(), typed)
+    except FloatingPointError as e:
+        return re.search(r"not finite at step \d+", str(e))[0]
+    if status:
+        sys.exit(status)
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Statistics, tables, pictures
+
+
+def difference(ours, other, relative=False):
+    """(mean, half-width of the 95 % t-interval, number of seeds) of ours - other, paired by seed.
+
+    ours, other: Series by seed; only seeds of both count. relative: as a share of other. The mean
+    is nan where a value is, or there is no pair; the half-width also where there is only one."""
+    seeds = ours.index.intersection(other.index)
+    values = ours[seeds] - other[seeds]
+    if relative:
+        values = values / other[seeds]
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.sem(skipna=False)
+    return values.mean(skipna=False), half, len(values)
+
+
+def interval(mean, half, digits=2):
+    """A difference as a table shows it: "-10.71 [-13.03, -8.38]", or the mean where half is nan."""
+    shown = f"{mean:+.{digits}f}"
+    if np.isnan(half):
+        return shown
+    return f"{shown} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+
+
+def spread(values, digits, sign=""):
+    """Mean ± standard deviation (over n - 1) as a table shows it, nans left out; sign="+" for both
+    signs; "–" where there is none."""
+    values = pd.Series(values, dtype=float).dropna()
+    if values.empty:
+        return "–"
+    mean = f"{values.mean():{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std():.{digits}f}"
+
+
+def markdown(table):
+    """A DataFrame, or dicts, as a Markdown table, its text as it is; "" without rows."""
+    if len(table) == 0:
+        return ""
+    return pd.DataFrame(table).to_markdown(index=False, disable_numparse=True)
+
+
+def save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cm.write_atomically(path, lambda p: figure.savefig(p, dpi=130))
+
+
+def parser(name, doc, rows=True):
+    """A parser whose errors are one line and status 2; rows: with what every script of rows has."""
+    new = argparse.ArgumentParser(prog=name, description=doc, allow_abbrev=False,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    new.error = cm.fail
+    if rows:
+        new.add_argument("--rows", type=Path, default=HERE / "results" / f"{name}.csv",
+                         help="where the rows lie")
+        new.add_argument("--assets", type=Path, default=ASSETS, help="where pictures go")
+        new.add_argument("--table", action="store_true",
+                         help="run nothing; show the table and draw the picture of the rows")
+    return new
+
+
+# ------------------------------------------------------------------------------------------------
+# A training loop for chapters with a network of their own
+
+
+def train(step, state, path, steps, seed=0, options="", every=500):
+    """Call step(1), ..., step(steps), or go on where the checkpoint at `path` ends.
+
+    step(i): one training step; returns its loss, a scalar. Before it torch's generators are seeded
+    by (seed, i): so a resumed training draws what the uninterrupted one draws, and on the CPU ends
+    with the same weights, bit for bit.
+    state: {name: what has state_dict and load_state_dict}, all that a step changes.
+    path: written after each `every` steps, at the end and when stopped; it is whole at every
+    moment. options: text kept in it; a checkpoint with other options or another seed is refused.
+
+    SIGINT and SIGTERM end it after the step at hand: checkpoint, one line on stderr, SystemExit
+    with 128 + signal. Raises ValueError on a checkpoint that doesn't fit, and FloatingPointError
+    where the loss stops being finite; the checkpoint is then the last good one."""
+    made_with = {"seed": seed, "options": options}
+    first = load_state(state, path, made_with) if path.is_file() else 0
+    if first > steps:
+        raise ValueError(f"{path} is at step {first} already; {steps} were asked for")
+
+    stopped_by = []
+
+    def stop(number, frame):
+        stopped_by.append(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for i in tqdm(range(first + 1, steps + 1), path.stem, steps, initial=first, unit="step"):
+            torch.manual_seed(hashed(seed, i))
+            loss = float(step(i))
+            if not np.isfinite(loss):
+                raise FloatingPointError(f"{path.stem}: the loss is not finite at step {i}")
+            if i % every == 0 or i == steps or stopped_by:
+                save_state(state, path, made_with | {"step": i})
+            if stopped_by and i < steps:
+                print(f"stopped at step {i}; the same command goes on", file=sys.stderr)
+                sys.exit(128 + stopped_by[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def hashed(*words):
+    """A seed of 32 bits, all that torch's CPU generator keeps, from several integers."""
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def save_state(state, path, more):
+    parts = {name: part.state_dict() for name, part in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cm.write_atomically(path, lambda p: torch.save(more | {"state": parts}, p))
+
+
+def load_state(state, path, made_with):
+    """Fill `state` from a checkpoint; its step. Raises ValueError where it doesn't fit."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if {name: saved[name] for name in made_with} != made_with:
+            raise ValueError("it was made with another seed or other options")
+        for name, part in state.items():
+            part.load_state_dict(saved["state"][name])
+        return saved["step"]
+    except Exception as e:  # torch.load and load_state_dict raise nearly anything on a broken file
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"{path} is no checkpoint to go on from ({reason})") from None

@@ -1,0 +1,777 @@
+"""Tests of experiments/. They need pandas and tabulate; the benchmark's also its peers."""
+
+import csv
+import importlib
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # whatever pytest's import mode
+import cm
+import theory
+
+pd = pytest.importorskip("pandas")
+pytest.importorskip("tabulate")
+
+ROOT = Path(cm.__file__).parent
+RESULTS = ROOT / "experiments" / "results"
+MINIATURE = ["--dataset", "shapes", "--channels", "8", "--multipliers", "1", "2",
+             "--image-size", "8", "--batch-size", "8", "--rank-ratio", "0.25",
+             "--warmup", "1", "--log-every", "2"]
+
+
+def tiny_losses(reserve):
+    """A CapacityManipulation of a small UNet, every weight (B too) off its initial value."""
+    torch.manual_seed(0)
+    unet = cm.UNet(4, 1, 8, 8, (1, 2), 1, (4,), 0.0)
+    if reserve:
+        cm.reserve_capacity(unet.decoder, 0.25)
+    for p in unet.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    config = cm.Config(base="ddpm", no_cm=not reserve, image_size=8, channels=8, multipliers=(1, 2))
+    return cm.CapacityManipulation(unet.eval(), [40, 10, 5, 2], config.resolved())
+
+
+def numbers(rows):
+    """A table of numbers as it lies on disk and as a script reads it."""
+    from experiments import common
+    return common.numbers(common.text(rows), ("method", "base", "counts", "end"))
+
+
+def shown_cells(text):
+    """Tables of Markdown in a text, each a list of rows of cells."""
+    tables, last = [], False
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not last:
+                tables.append([])
+            tables[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        last = line.startswith("|")
+    return tables
+
+
+# ------------------------------------------------------------------------------------------------
+# All scripts
+
+
+@pytest.mark.parametrize("script, arguments, says", [
+    ("study", "--jobs 0", "--jobs is 0"), ("study", "--steps x", "invalid int"),
+    ("study", "--table", "has no rows"), ("divergence", "--steps 5", "one for each"),
+    ("divergence", "--table", "has no rows"), ("gradients", "--samples 10", "--samples is 10"),
+    ("gradients", "--table", "has no rows"), ("pruning", "", "--table"),
+    ("pruning", "--table", "has no rows"), ("pruning", "none.pt", "can't be loaded"),
+    ("benchmark", "--repeats 0", "at least 1"), ("benchmark", "--size x", "invalid int"),
+    ("assumptions", "--trials 0", "--trials is 0"), ("assumptions", "--seed x", "invalid int"),
+    ("assumptions", "--table", "has no rows")])
+def test_bad_input_is_one_line_and_status_2(script, arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = ["--rows", "rows.csv", "--assets", "."]
+    own = {"benchmark": [], "assumptions": ["--out", "."]}.get(script, own)
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"experiments.{script}").main(own + arguments.split())
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and says in err and len(err.splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_scripts_import_no_other_script():
+    for path in (ROOT / "experiments").glob("*.py"):
+        if path != Path(__file__):
+            lines = re.findall(r"^\s*((?:from|import) experiments.*)$", path.read_text(), re.M)
+            assert set(lines) <= {f"from experiments import {name}"
+                                  for name in ("common", "baselines")}, path
+
+
+# ------------------------------------------------------------------------------------------------
+# common.py
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.name)
+def test_committed_rows_are_rewritten_to_the_byte(path, tmp_path):
+    from experiments import common
+    common.write_rows(tmp_path / "rows.csv", common.read_rows(path))
+    assert (tmp_path / "rows.csv").read_bytes() == path.read_bytes()
+
+
+def test_rows_are_replaced_by_key(tmp_path):
+    from experiments import common
+    path = tmp_path / "new" / "rows.csv"
+    old = common.text([dict(method="A, m = 1", seed=0, x=0.5), dict(method="B", seed=0, x=1 / 3),
+                       dict(method="B", seed=1, x=math.nan)])
+    common.write_rows(path, common.replace_rows(common.read_rows(path), old, ["method", "seed"]))
+    assert path.read_text() == 'method,seed,x\n"A, m = 1",0,0.5\nB,0,0.333333\nB,1,nan\n'
+    new = common.text([dict(method="B", seed=0, x=2.0, y="z")])
+    rows = common.replace_rows(common.read_rows(path), new, ["method", "seed"])
+    common.write_rows(path, rows)
+    assert path.read_text() == 'method,seed,x,y\n"A, m = 1",0,0.5,\nB,1,nan,\nB,0,2,z\n'
+    assert common.read_rows(path).equals(rows) and not list(path.parent.glob(".*"))
+    x = common.numbers(rows, ("method", "y"))
+    assert x["x"].tolist()[::2] == [0.5, 2] and math.isnan(x["x"][1]) and x["y"][2] == "z"
+    assert x["seed"].dtype == float and math.isnan(common.numbers(rows[:1], ("method",))["y"][0])
+
+
+def test_options_of_cm_and_of_a_table(tmp_path):
+    from experiments import common
+    settings, with_defaults = common.settings, common.with_defaults
+    steps = ["--steps", "3"]
+    assert settings(["--data", "X", *steps]) == settings([*steps, "--data", "Y Z"]) == "--steps 3"
+    assert settings([*steps, "--lr", "1"]) == settings(["--lr", "1", *steps]) == "--lr 1 --steps 3"
+    for typed in (["--steps", "9"], ["--steps=9"]):
+        assert with_defaults(typed, steps="7") == ["--steps", "9", "--dataset", "fashion"]
+    assert with_defaults([], steps="7", warmup="1") == ["--dataset", "fashion", "--steps", "7",
+                                                        "--warmup", "1"]
+    with pytest.raises(ValueError, match="rank-ratio"):
+        with_defaults(["--rank-ratio", "2"])
+    rows = common.text([dict(x=1, options="--lr 1"), dict(x=2, options="--lr 2")])
+    common.write_rows(tmp_path / "rows.csv", rows)
+    with pytest.raises(ValueError, match="other options \\(--lr 2\\)"):
+        common.read_rows(tmp_path / "rows.csv", "--lr 1")
+    common.write_rows(tmp_path / "rows.csv", rows[:1])
+    assert common.read_rows(tmp_path / "rows.csv", "--lr 1").equals(rows[:1])
+
+
+def test_a_run_goes_on_and_says_where_it_ran_off(tmp_path, monkeypatch):
+    from experiments import common
+    runs, end = [], 0
+
+    def train(config, typed):
+        runs.append((config.resume, config.steps, Path(config.out), "steps" in typed))
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.json").write_text("{}")
+        if isinstance(end, Exception):
+            raise end
+        return end
+    monkeypatch.setattr(cm, "train", train)
+    for steps in ("2", "3"):
+        assert common.run([*MINIATURE, "--steps", steps], tmp_path / "run") == ""
+    assert runs == [(False, 2, tmp_path / "run", True), (True, 3, tmp_path / "run", True)]
+    end = FloatingPointError("the loss is not finite at step 7; base loss in this batch: ...")
+    assert common.run(MINIATURE, tmp_path / "run") == "not finite at step 7"
+    end = 143
+    with pytest.raises(SystemExit) as stopped:
+        common.run(MINIATURE, tmp_path / "run")
+    assert stopped.value.code == 143
+    with pytest.raises(ValueError, match="--steps is 0"):
+        common.run(["--steps", "0"], tmp_path / "run")
+
+
+def test_paired_interval_against_scipy():
+    from scipy import stats
+
+    from experiments import common
+    a, b = (pd.Series(values, [3, 1, 0, 2]) for values in np.random.RandomState(0).rand(2, 4))
+    for ours, other, relative in ((a, b, False), ((a - b) / b, 0 * b, True)):
+        mean, half, n = common.difference(a, b, relative)
+        low, high = stats.ttest_rel(ours, other).confidence_interval(0.95)
+        assert n == 4 and np.allclose([mean - half, mean + half], [low, high])
+    mean, half, n = common.difference(a, b[[2, 0]][::-1])  # seeds of one alone don't count
+    low, high = stats.ttest_rel(a[[0, 2]], b[[0, 2]]).confidence_interval(0.95)
+    assert n == 2 and np.allclose([mean - half, mean + half], [low, high])
+    mean, half, n = common.difference(a, b[[1]])
+    assert n == 1 and mean == a[1] - b[1] and math.isnan(half)
+    mean, half, n = common.difference(a, b[[]])
+    assert n == 0 and math.isnan(mean) and math.isnan(half)
+    b[1] = math.nan  # a run that ran off makes the whole difference unknown
+    mean, half, n = common.difference(a, b)
+    assert n == 4 and math.isnan(mean) and math.isnan(half)
+
+
+def test_table_cells():
+    from experiments import common
+    assert common.spread([1, 2, 6], 2) == "3.00 ± 2.65"
+    assert common.spread([1, math.nan, 2], 1, "+") == "+1.5 ± 0.7"
+    assert common.spread([-1.25], 2, "+") == "-1.25"
+    assert common.spread([math.nan], 1) == common.spread([], 1) == "–"
+    assert common.interval(-1, 0.5) == "-1.00 [-1.50, -0.50]"
+    assert common.interval(2, 3, 1) == "+2.0 [-1.0, +5.0]"
+    assert common.interval(2, math.nan, 1) == "+2.0"
+    assert shown_cells(common.markdown([{"a": "1.50", "b": "x"}, {"a": "-3", "b": 2}])) == [
+        [["a", "b"], [":-----", ":----"], ["1.50", "x"], ["-3", "2"]]]
+    assert common.markdown([]) == ""
+
+
+class Trained:
+    """A small network with dropout, trained by common.train; `act` is called after each step."""
+
+    def __init__(self, path, act=None):
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+        self.optimizer = torch.optim.Adam(self.net.parameters())
+        self.path, self.act, self.seen = path, act, []
+
+    def step(self, i):
+        loss = self.net(torch.randn(8, 4)).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.seen.append(i)
+        return self.act(i) if self.act and self.act(i) else loss
+
+    def train(self, steps=20, **kw):
+        from experiments import common
+        state = {"net": self.net, "optimizer": self.optimizer}
+        common.train(self.step, state, self.path, steps, **({"every": 6} | kw))
+        return self
+
+    def weights(self):
+        return torch.cat([p.detach().flatten() for p in self.net.parameters()])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_training_stops_on_a_signal_and_goes_on_bit_for_bit(number, tmp_path, capsys):
+    whole = Trained(tmp_path / "whole.pt").train()
+    assert whole.seen == list(range(1, 21))
+
+    def stop(i):
+        if i == 9:
+            os.kill(os.getpid(), number)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as stopped:
+        Trained(tmp_path / "cut.pt", stop).train()
+    assert stopped.value.code == 128 + number
+    assert "stopped at step 9; the same command goes on" in capsys.readouterr().err
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    torch.rand(3)  # what was drawn in between doesn't matter
+    cut = Trained(tmp_path / "cut.pt").train()
+    assert cut.seen == list(range(10, 21)) and torch.equal(cut.weights(), whole.weights())
+    again = Trained(tmp_path / "cut.pt").train()  # nothing is left to do
+    assert again.seen == [] and torch.equal(again.weights(), whole.weights())
+    longer = Trained(tmp_path / "cut.pt").train(25)
+    assert longer.seen == list(range(21, 26))
+    assert torch.equal(longer.weights(), Trained(tmp_path / "25.pt").train(25).weights())
+    assert {p.name for p in tmp_path.iterdir()} == {"whole.pt", "cut.pt", "25.pt"}
+
+
+def test_training_killed_goes_on_from_its_last_checkpoint(tmp_path):
+    def die(i):
+        if i == 14:
+            raise RuntimeError("as if killed")
+    whole = Trained(tmp_path / "whole.pt").train()
+    with pytest.raises(RuntimeError):
+        Trained(tmp_path / "cut.pt", die).train()
+    cut = Trained(tmp_path / "cut.pt").train()
+    assert cut.seen == list(range(13, 21)) and torch.equal(cut.weights(), whole.weights())
+    other = Trained(tmp_path / "other.pt").train(seed=1)
+    assert not torch.equal(other.weights(), whole.weights())
+
+
+def test_training_that_runs_off_keeps_its_last_good_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError, match="not finite at step 12"):
+        Trained(tmp_path / "off.pt", lambda i: math.nan if i == 12 else None).train()
+    assert Trained(tmp_path / "off.pt").train(7).seen == [7]
+
+
+def test_training_refuses_a_checkpoint_that_does_not_fit(tmp_path):
+    path = tmp_path / "c.pt"
+    Trained(path).train(8, options="--lr 1")
+    before = path.read_bytes()
+    for steps, kw, says in ((8, {}, "other options"), (6, {"options": "--lr 1"}, "at step 8"),
+                            (8, {"options": "--lr 1", "seed": 1}, "another seed")):
+        with pytest.raises(ValueError, match=says):
+            Trained(path).train(steps, **kw)
+    path.write_bytes(before[:len(before) // 2])
+    with pytest.raises(ValueError, match="no checkpoint to go on from"):
+        Trained(path).train(8, options="--lr 1")
+    assert path.read_bytes() == before[:len(before) // 2]
+
+
+# ------------------------------------------------------------------------------------------------
+# benchmark.py
+
+
+def test_benchmark_in_a_miniature(capsys):
+    pytest.importorskip("torch_fidelity")
+    pytest.importorskip("diffusers")
+    from experiments import benchmark
+    benchmark.main(["--repeats", "1", "--size", "200", "--dim", "64", "--preset", "small",
+                    "--batch-size", "2"])
+    out = capsys.readouterr().out
+    rows = [row for table in shown_cells(out) for row in table[2:]]
+    assert len(rows) >= 10
+    a, b = map(float, rows[-1][1:3])  # Inception: long enough for its digits
+    assert abs(float(rows[-1][3].split()[0]) - b / a) < 0.02 * b / a
+    kept = next(line for line in out.splitlines() if line.startswith("kept for backward"))
+    plain, one_encoder, two_passes = (float(v) for v in re.findall(r"\(([\d.]+) ×\)", kept))
+    assert plain == 1 < one_encoder < two_passes <= 2.01
+
+
+# ------------------------------------------------------------------------------------------------
+# study.py
+
+
+def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
+    from experiments import common, study
+    flags = [*MINIATURE, "--steps", "60", "--checkpoint-every", "10"]
+    own = ["--rows", str(tmp_path / "rows.csv"), "--runs", str(tmp_path / "runs"),
+           "--assets", str(tmp_path), "--num-images", "40", "--jobs", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "experiments.study", *own, *flags], cwd=ROOT,
+                               start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    checkpoint = tmp_path / "runs" / "DDPM-0" / "run" / "checkpoint.pt"
+    try:
+        for _ in range(1200):
+            if checkpoint.is_file() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    killed_at = cm.load_checkpoint(checkpoint)["step"]
+    assert killed_at >= 10 and not (tmp_path / "rows.csv").exists()
+
+    monkeypatch.setattr(study, "STAGES", {
+        "margin": (["DDPM", study.CM], 1), "main": (["DDPM"], 1), "ablation": ([], 1)})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert study.main([*own, "--stage", "margin", "main", *flags]) == 0
+    rows = common.read_rows(tmp_path / "rows.csv")
+    assert rows["method"].tolist() == ["DDPM", study.CM, f"{study.CM}, θ_g"]
+    assert not rows.isin(["", "nan"]).any(axis=None)
+    assert f"| {study.CM} − DDPM " in capsys.readouterr().out
+    assert (tmp_path / "rows_theta.png").is_file() and (tmp_path / "rows_few.png").is_file()
+
+    before = (tmp_path / "rows.csv").read_bytes()
+    assert study.main(own + flags) == 0
+    assert "2 runs have rows, 0 to do" in capsys.readouterr().out
+    assert (tmp_path / "rows.csv").read_bytes() == before
+    with pytest.raises(SystemExit):
+        study.main(own + flags + ["--lr", "1e-4"])
+    assert "made with other options" in capsys.readouterr().err
+
+    # the resumed run is the uninterrupted one, and a cell is what another loop gives
+    whole = tmp_path / "whole" / "checkpoint.pt"
+    subprocess.run([sys.executable, str(ROOT / "cm.py"), *flags, "--no-cm", "--out", whole.parent],
+                   check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, other = (torch.load(p, weights_only=True)["ema"] for p in (whole, checkpoint))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    _, unet, _ = cm.load_trained(whole)
+    images, labels, _ = cm.load_dataset("shapes", None, 8, train=False)
+    images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+    alpha_bar, generator, losses = cm.make_alpha_bar(), torch.Generator().manual_seed(0), []
+    for k in range(10):
+        for part in range(0, len(images), 250):
+            x0, y = images[part:part + 250].float() / 127.5 - 1, labels[part:part + 250]
+            eps, a = torch.randn(x0.shape, generator=generator), alpha_bar[100 * k + 50]
+            t = torch.full_like(y, 100 * k + 50)
+            with torch.no_grad():
+                predicted = unet((a.sqrt() * x0 + (1 - a).sqrt() * eps).float(), t, y)
+            losses.append(((predicted - eps) ** 2).mean((1, 2, 3))[y == 9])
+    ours = float(rows.loc[rows["method"] == "DDPM", "loss 9"].iloc[0])
+    assert abs(ours / float(torch.cat(losses).double().mean()) - 1) < 1e-4
+
+
+def test_study_goes_on_with_what_is_missing_the_reference_first():
+    from experiments import study
+    everything = study.missing_runs(list(study.STAGES), [])
+    assert len(everything) == len(set(everything)) == 52
+    assert [m for m, _ in everything[:6]] == ["DDPM", study.CM] * 3
+    rows = numbers([dict(method=m, seed=s) for m, s in (("DDPM", 1), (study.CM, 0), ("RS", 0),
+                                                        (study.CM, 2), (f"{study.CM}, θ_g", 2))])
+    missing = study.missing_runs(["main"], rows)
+    done = set(study.missing_runs(["main"], [])) - set(missing)
+    assert done == {("DDPM", 1), ("RS", 0), (study.CM, 2)}  # without θ_g's a run isn't whole
+    assert study.in_order(rows[::-1])["method"].tolist() == [
+        "DDPM", "RS", study.CM, study.CM, f"{study.CM}, θ_g"]
+
+
+def study_rows(**values):
+    """Rows of a study: {method: (FD, losses)}, a value a seed of "FD Few" and "loss Few"."""
+    return numbers([{"method": m, "seed": seed, "FD Few": fd, "loss Few": loss}
+                    for m, pairs in values.items() for seed, (fd, loss) in enumerate(pairs)])
+
+
+def test_study_verdicts():
+    from experiments import study
+    nan, inf, says = math.nan, math.inf, study.verdict
+    assert says(-2, 1, 3) == "reproduced" and says(2, 1, 3) == "not reproduced"
+    assert says(-1, 2, 3) == says(1, 2, 3) == "not decidable at this scale"
+    assert says(-1, nan, 1) == "not decidable at this scale (one seed)"
+    assert says(nan, nan, 0) == "not run" and says(nan, nan, 3) == says(inf, nan, 3) == "ran off"
+
+    rows = study_rows(DDPM=[(5, 0), (5.1, 0), (5.2, 0)], OC=[(9, 0), (9.1, 0), (9.3, 0)],
+                      RS=[(4, 0), (4.2, 0), (4.2, 0)], ours=[(3, 0), (3.1, 0), (3.3, 0)])
+    for other, says in (("DDPM", "reproduced"), ("RS", "reproduced"),
+                        ("OC", "ahead, but OC is itself behind DDPM")):
+        assert study.verdict_on(rows, "ours", other, "FD Few") == says
+    assert study.verdict_on(rows, "OC", "RS", "FD Few") == "not reproduced"
+    assert study.verdict_on(rows, "ours", "CBDM", "FD Few") == "not run"
+    ends = study_rows(worse=[(190, 0.05), (190, 1.9)], gone=[(300, 9e3)], nan=[(1, 0.1), (1, nan)])
+    assert [study.off(ends, m) for m in ("worse", "gone", "nan")] == [False, True, True]
+
+
+def test_study_compares_with_the_base_and_shows_what_ran_off():
+    from experiments import study
+    assert [study.base_of(m) for m in ("RS", "CM on OC", f"{study.CM}, θ_g", "CM, λ = 0", study.CM)
+            ] == ["DDPM", "OC", study.CM, study.CM, "DDPM"]
+    rows = study_rows(**{"DDPM": [(10, 0.1), (20, 0.2)], "CM, m = 0.1": [(9, 0.3), (16, 0.6)],
+                         "CM, m = inf": [(50, 7), (60, 8)], "CM, λ = 0": [(1, 1)]})
+    assert study.members(rows, "margin") == ["DDPM", "CM, m = 0.1", "CM, m = inf"]
+    values, = shown_cells(study.values(rows, "margin"))
+    values = {row[0]: dict(zip(values[0], row, strict=True)) for row in values[2:]}
+    assert values["DDPM"]["FD Few"] == "15.0 ± 7.1" and values["DDPM"]["seeds"] == "2"
+    assert values["CM, m = 0.1"]["loss Few"] == "0.4500 ± 0.2121"
+    assert values["CM, m = inf"]["loss Few"] == values["CM, m = inf"]["loss Many"] == "ran off"
+    assert values["CM, m = inf"]["FD Few"] == "55.0 ± 7.1" and values["DDPM"]["FD Many"] == "–"
+    differences, = shown_cells(study.differences(rows, "margin"))
+    title, _, bounded, printed = differences
+    assert bounded[0] == "CM, m = 0.1 − DDPM" and set(printed[1:]) == {"ran off"}
+    half = 12.7062 * 3 / 2  # t(0.975, 1 degree of freedom) times the standard error of -1 and -4
+    assert bounded[title.index("FD Few")] == f"-2.50 [{-2.5 - half:.2f}, +{-2.5 + half:.2f}]"
+    assert bounded[title.index("1000 × loss Few")].startswith("+300.00 [")
+
+
+def test_first_study_is_labelled_and_one_cell_is_written_anew(tmp_path, capsys):
+    from experiments import study
+    path = RESULTS / "first_study.csv"
+    own = ["--rows", str(path), "--assets", str(tmp_path), "--table"]
+    assert study.main([*own, "--stage", "main"]) == 0
+    out = capsys.readouterr().out
+    assert "over initialisations only" in out and "2134833" in out and "steps/s" not in out
+    assert {p.name for p in tmp_path.iterdir()} == {"first_study_few.png", "first_study_theta.png"}
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    fd = {m: np.array([float(r["FD Few"]) for r in rows if r["method"] == m])
+          for m in ("DDPM", "CM, m = 0.003")}
+    d = fd["CM, m = 0.003"] - fd["DDPM"]
+    half = 4.302653 * d.std(ddof=1) / math.sqrt(3)  # t(0.975, 2 degrees of freedom)
+    assert f"{d.mean():+.2f} [{d.mean() - half:+.2f}, {d.mean() + half:+.2f}]" in out
+    assert f"{fd['DDPM'].mean():.1f} ± {fd['DDPM'].std(ddof=1):.1f}" in out
+
+
+# ------------------------------------------------------------------------------------------------
+# pruning.py
+
+
+def test_pruning_share_is_exact_and_takes_the_smallest():
+    from experiments import pruning
+    unet = tiny_losses(reserve=False).unet
+
+    def values(network):
+        return torch.cat([p.detach().flatten() for p in network.parameters()])
+    before, after = values(unet), values(pruning.prune(unet, 0.1))
+    gone = (after == 0) & (before != 0)
+    assert int(gone.sum()) == len(before) // 10
+    assert before[gone].abs().max() <= before[~gone].abs().min()
+    assert torch.equal(after[~gone], before[~gone]) and torch.equal(values(unet), before)
+    assert torch.equal(values(pruning.prune(unet, 0)), before)
+    for share in (1.0, -0.1):
+        with pytest.raises(ValueError, match="in \\[0, 1\\)"):
+            pruning.prune(unet, share)
+
+
+def test_pruning_end_to_end(tmp_path, capsys):
+    from experiments import common, pruning
+    for name, extra in (("plain", ["--no-cm"]), ("cm", [])):
+        assert common.run([*MINIATURE, *extra, "--steps", "4"], tmp_path / name) == ""
+    checkpoints = [str(tmp_path / name / "checkpoint.pt") for name in ("plain", "cm")]
+    own = ["--rows", str(tmp_path / "pruning.csv"), "--assets", str(tmp_path)]
+    capsys.readouterr()
+    assert pruning.main(checkpoints + own + ["--per-class", "2", "--times", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert pruning.main(["--table", *own]) == 0 and capsys.readouterr().out == shown
+    assert (tmp_path / "pruning.png").is_file()
+    rows = common.numbers(common.read_rows(tmp_path / "pruning.csv"), pruning.WORDS)
+    assert rows["method"].unique().tolist() == ["DDPM, 4 steps", "CM on DDPM, 4 steps"]
+    assert len(rows) == 20 and (rows["raw"] != rows["pruned"]).all()
+    assert ((rows["pruned"] / rows["raw"] - 1 - rows["change"]).abs() < 1e-4).all()
+    ema = cm.load_trained(checkpoints[1])[1]
+    data = cm.Data(cm.Config(dataset="shapes", image_size=8).resolved())
+    raw = cm.held_out_loss(cm.merge(ema), data.images, data.labels, 10, 2, 2)[0]
+    assert np.allclose(rows["raw"][10:], raw, rtol=1e-5)  # training images, the merged network
+
+
+def test_pruning_table_over_seeds_and_its_correlation():
+    from experiments import pruning
+    change = {"a": (0.01, 0.02), "b": (0.03, 0.03), "c": (0.08, 0.04), "d": (0.2, 0.3)}
+    rows = pd.DataFrame([dict(method="M", name=name, seed=seed, count=count, change=v)
+                         for (name, pair), count in zip(change.items(), (9, 7, 5, 1), strict=True)
+                         for seed, v in enumerate(pair)])
+    table, line = pruning.table(rows).split("\n\n")
+    assert shown_cells(table)[0][2:] == [["a", "9", "+1.50 ± 0.71"], ["b", "7", "+3.00 ± 0.00"],
+                                         ["c", "5", "+6.00 ± 2.83"], ["d", "1", "+25.00 ± 7.07"]]
+    assert "M, 2 seed(s)" in line and "-1.00 (p = 0.000)" in line and line.endswith("is reproduced")
+    assert pruning.verdict(-0.9, 0.04) == "reproduced"
+    assert pruning.verdict(0.9, 0.04) == "not reproduced"
+    assert pruning.verdict(-0.9, 0.06) == pruning.verdict(math.nan, math.nan) == (
+        "not decidable at this scale")
+
+
+# ------------------------------------------------------------------------------------------------
+# gradients.py
+
+
+@pytest.mark.parametrize("reserve", [False, True])
+def test_per_sample_gradients_average_to_the_batch_gradient(reserve):
+    from experiments import gradients
+    losses = tiny_losses(reserve)
+    g = torch.Generator().manual_seed(1)
+    x0, eps = torch.randn(2, 6, 1, 8, 8, generator=g)
+    y, t = torch.arange(6) % 4, torch.randint(1000, (6,), generator=g)
+    parameters = {n: p for n, p in losses.named_parameters() if "decoder" in n}
+    each = gradients.per_sample_gradients(losses, list(parameters), x0, y, t, eps, chunk_size=4)
+    whole = torch.autograd.grad(losses(x0, y, t, eps, y)[0], list(parameters.values()),
+                                allow_unused=True)
+    for (n, p), of_batch in zip(parameters.items(), whole, strict=True):
+        assert each[n].shape == (6, *p.shape)
+        expected = torch.zeros_like(p) if of_batch is None else of_batch
+        torch.testing.assert_close(each[n].mean(0), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_part_of_ba_is_how_ba_moves():
+    from experiments import gradients
+    torch.manual_seed(0)
+    layer = cm.LowRankReserved(nn.Conv2d(4, 6, 3), 2).double()
+    layer.B.data.normal_()
+    x = torch.randn(3, 4, 8, 8, dtype=torch.double)
+    weight = torch.randn(3, 6, 6, 6, dtype=torch.double)
+    of_w, g_b, g_a = torch.autograd.grad((layer(x) * weight).sum(),
+                                         (layer.layer.weight, layer.B, layer.A))
+    parts = gradients.parts({"unet.L.layer.weight": of_w[None], "unet.L.B": g_b[None],
+                             "unet.L.A": g_a[None]}, "L", layer)
+    h = 1e-6  # one small step of gradient descent on A and B
+    moved = (layer.B - h * g_b) @ (layer.A - h * g_a)
+    assert torch.allclose((layer.B @ layer.A - moved) / h, parts["BA"][0], atol=1e-3)
+    assert torch.equal(parts["W_g"][0], of_w.flatten(1))
+    assert torch.equal(parts["W_g+BA"], parts["W_g"] + parts["BA"])
+
+
+def two_means():
+    torch.manual_seed(0)
+    m1, m2 = torch.randn(2, 24, 30)
+    m2 = m2 + 0.5 * m1
+    return m1 / m1.norm(dim=1, keepdim=True), m2 / m2.norm(dim=1, keepdim=True)
+
+
+def test_gradients_estimates_agree_with_the_theory_where_its_assumptions_hold():
+    from experiments import gradients
+    m1, m2 = two_means()
+    rows = gradients.estimate(*(m + 3 * torch.randn(3000, 24, 30) for m in (m1, m2)))
+    r = rows[0]
+    assert abs(r["mu_1"] - 1) < 0.05 and abs(r["mu_2"] - 1) < 0.05
+    assert abs(r["cos"] - float((m1 * m2).sum(1).mean())) < 0.05
+    assert abs(r["sigma_1"] - 3) < 0.02 and abs(r["sigma_2"] - 3) < 0.02
+    assert abs(r["anisotropy"] - 1) < 0.1 and abs(r["kurtosis"]) < 0.3 and 0.8 < r["quality"] <= 1
+    assert [r["a"] for r in rows] == list(gradients.RATIOS)
+    for r in rows:
+        assert abs(r["predicted"] - r["observed"]) < 0.05
+        assert abs(r["projected"] - r["observed"]) < 0.05
+    # v is far off: the prediction knows
+    noisy = gradients.estimate(*(m + 8 * torch.randn(9000, 24, 30) for m in (m1, m2)))
+    assert noisy[0]["quality"] < 0.8
+    assert all(abs(r["predicted"] - r["observed"]) < 0.05 for r in noisy)
+    unequal = gradients.estimate(*(m + 3 * torch.randn(3000, 24, 30) for m in (1.5 * m1, 0.5 * m2)))
+    assert abs(unequal[0]["mu_1"] - 1.5) < 0.05 and abs(unequal[0]["mu_2"] - 0.5) < 0.1
+    assert abs(unequal[0]["predicted"] - unequal[0]["observed"]) > 0.2  # and disagree otherwise
+    assert all(abs(r["projected"] - r["observed"]) < 0.05 for r in unequal)
+
+
+def test_gradients_estimates_know_spread_direction_and_what_is_no_mean():
+    from experiments import gradients
+    m1, m2 = two_means()
+    g1, g2 = torch.randn(2, 3000, 24, 30)
+    v = (m1 - m2) / (m1 - m2).norm(dim=1, keepdim=True)
+    stretched = g1 + ((g1 * v).sum(2, keepdim=True)) * v  # twice the deviation along v
+    rows = gradients.estimate(m1 + stretched, m2 + 2 * g2)
+    assert abs(rows[0]["sigma_2"] - 2) < 0.02
+    assert abs(rows[0]["sigma_1"] - math.sqrt(33 / 30)) < 0.02
+    assert 2 < rows[0]["anisotropy"] < 2.8  # between 4 · 30/33 of the one and 1 of the other
+    assert all(abs(r["projected"] - r["observed"]) < 0.05 for r in rows)
+    # parts A and B disagree on the means' direction: no length can be told, no prediction made
+    sign = torch.tensor([1.0, -1, 1]).repeat_interleave(100)[:, None, None]
+    rows = gradients.estimate(sign * m1 + 0.1 * g1[:300], sign * m2 + 0.1 * g2[:300])
+    assert rows[0]["mu_1"] == rows[0]["mu_2"] == rows[0]["quality"] == 0
+    assert all(math.isnan(r["predicted"]) and r["projected"] < 0.1 for r in rows[-1:])
+
+
+def test_gradients_summary_counts_and_averages():
+    from experiments import gradients
+    row = dict(method="DDPM", step=1, layer="L", part="W", mu_1=1, mu_2=2, sigma_1=1, sigma_2=1,
+               cos=0, quality=1, anisotropy=7, kurtosis=0)
+    rows = pd.DataFrame([row | dict(a=a, predicted=p, projected=0.5, observed=0.75)
+                         for a, p in zip(gradients.RATIOS, (1, math.nan, 0.5, 1, 1), strict=True)]
+                        + [row | dict(a=a, layer="M", anisotropy=20, mu_2=0, predicted=1,
+                                      projected=0.7, observed=0.75) for a in gradients.RATIOS])
+    assert shown_cells(gradients.summary(rows))[0][2] == [
+        "W", "0.50 to 0.50", "7 to 20", "0.250", "0.150", "1 of 10"]
+    first, second = shown_cells(gradients.table(rows))[0][2:]
+    sigma_over_mu = f"{math.sqrt(1 / 2.5):.1f}"
+    assert first == ["DDPM, 1", "W", "L", "0.50", "1.00", sigma_over_mu, "0.00", "1.00", "7.0",
+                     "0.0", "nan / 0.50 / 0.75", "0.50 / 0.50 / 0.75", "1.00 / 0.50 / 0.75"]
+    assert second[3] == "nan"
+
+
+def test_gradients_end_to_end_goes_on(tmp_path, capsys):
+    from experiments import common, gradients
+    own = ["--rows", str(tmp_path / "g.csv"), "--runs", str(tmp_path / "runs"),
+           "--assets", str(tmp_path), "--samples", "300"]
+    assert gradients.main([*own, "--at", "3", *MINIATURE]) == 0
+    first = common.read_rows(tmp_path / "g.csv")
+    assert len(first) == 5 * 3 * (1 + 3) and set(first["method"]) == {"DDPM", "CM"}
+    assert gradients.main([*own, "--at", "3", "6", *MINIATURE]) == 0
+    rows = common.read_rows(tmp_path / "g.csv")
+    assert len(rows) == 2 * len(first) and (tmp_path / "gradients.png").is_file()
+    assert rows[rows["step"] == "3"].reset_index(drop=True).equals(first)
+    observed = rows[["projected", "observed"]].astype(float)
+    assert ((observed >= 0) & (observed <= 1)).all(axis=None)
+    shown = capsys.readouterr().out
+    assert gradients.main([*own, "--table"]) == 0 and capsys.readouterr().out in shown
+
+
+# ------------------------------------------------------------------------------------------------
+# divergence.py
+
+
+def test_divergence_end_to_end_goes_on(tmp_path, capsys):
+    from experiments import common, divergence
+    own = ["--rows", str(tmp_path / "d.csv"), "--runs", str(tmp_path / "runs"),
+           "--assets", str(tmp_path), "--lr", "1e-3", "--steps", "4"]
+    assert divergence.main([*own, "--bases", "ddpm", *MINIATURE]) == 0
+    first = common.read_rows(tmp_path / "d.csv")
+    assert divergence.main([*own, "--bases", "ddpm", "oc", *MINIATURE]) == 0
+    rows = common.read_rows(tmp_path / "d.csv")
+    assert rows[:len(first)].equals(first) and len(rows) == 2 * len(first) == 8
+    assert (tmp_path / "divergence.png").is_file() and set(rows["lr"]) == {"1e-3"}
+    log = common.read_rows(tmp_path / "runs" / "oc-1e-3-inf" / "log.csv")
+    mine = rows[(rows["base"] == "oc") & (rows["margin"] == "inf")]
+    assert mine["base_9"].tolist() == log["base_9"].tolist()
+    assert mine["loss"].tolist() == log["loss"].tolist()
+    out = capsys.readouterr().out
+    assert sum(row[3:5] == ["never", "never"] for row in shown_cells(out)[-1]) == 4
+
+
+def divergence_log(losses):
+    """A log of {class: base losses}, a row every 10 steps."""
+    steps = range(len(next(iter(losses.values()))))
+    return numbers([{"step": 10 * (i + 1), "counts": "100 10 1"}
+                    | {f"base_{k}": float(v[i]) for k, v in losses.items()} for i in steps])
+
+
+def test_divergence_knows_who_ran_off_and_first():
+    from experiments import divergence
+    losses = {0: [1.2, 0.3, 0.2, 0.2], 1: [1.2, 0.3, 0.9, 2.0], 2: [1.2, 0.4, 7.0, math.nan]}
+    log = divergence_log(losses)
+    assert [divergence.ran_off(log, k) for k in losses] == [None, 40, 30]
+    w, first = divergence.condition(log)
+    n = np.array([100, 10, 1])
+    assert np.allclose(w, 3 * n / 111 - 3 / (n * (1 / n).sum()))
+    assert first.tolist() == [math.inf, 40, 30]
+    never = {0: [7, 0.6, 7], 1: [0.4, 1.0, 0.9], 2: [0.4, math.nan, 0.4], 3: [0.4, math.inf, 0.4]}
+    log = divergence_log(never)  # not learned; at the threshold; not drawn; infinite
+    assert [divergence.ran_off(log, k) for k in never] == [None, None, None, 20]
+    assert divergence.ran_off(log, 1, threshold=0.95) == 20
+
+
+def test_divergence_counts_the_concave_classes_among_the_first():
+    from experiments import divergence
+    inf = math.inf
+    w = np.array([2, 1, -0.5, -2, -3])
+    assert divergence.concave_first(w, np.array([inf, 40, 10, 20, 30])) == (2, 1)
+    assert divergence.concave_first(w, np.array([inf, inf, inf, 20, 10])) == (2, 2)
+    assert divergence.concave_first(w, np.array([inf, inf, inf, inf, 10])) == (2, 1)
+    assert divergence.concave_first(w, np.array([10, inf, inf, inf, inf])) == (2, 0)
+    assert divergence.concave_first(w + 5, np.full(5, 10.0)) == (0, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# assumptions.py
+
+
+def test_assumptions_end_to_end(tmp_path, capsys, monkeypatch):
+    from experiments import assumptions, common
+    monkeypatch.setattr(assumptions, "SHAPES", ((4, 12), (6, 6)))
+    own = ["--out", str(tmp_path)]
+    assert assumptions.main(["--trials", "4000", "--repeats", "20", *own]) == 0
+    out = capsys.readouterr().out
+    rows = common.read_rows(tmp_path / "experiments" / "results" / "assumptions.csv")
+    assert len(rows) == 2 * len(assumptions.violations())
+    assert (tmp_path / "assets" / "alpha_r.png").is_file()
+    rows = common.numbers(rows, ("assumption broken",))
+    broken = rows["assumption broken"]
+    assert (rows.loc[broken == "none broken", "difference in s.e."].abs() < 4).all()
+    # one cell written anew: unequal norms have their own closed form
+    m1, m2 = 4 / 3, 2 / 3
+    p = theory.ndtr((90 * m1**2 - 10 * m2**2) / (8 * math.sqrt(100 * (m1**2 + m2**2))))
+    mine = rows[(broken == "‖μ_1‖ = 2 ‖μ_2‖") & (rows["alpha"] == 0)].iloc[0]
+    assert abs(mine["simulated"] - p) < 4 * theory.standard_error(p, 4000)
+    error = (mine["simulated"] - mine["formula"]) / mine["difference in s.e."]
+    assert math.isclose(error, mine["standard error"], rel_tol=1e-3)
+    assert re.search(r"4 × 12, LoRA's start, B = 0: 0 at rank 0 yes, .* full rank NO \(0\.3", out)
+    assert re.search(r"6 × 6, random factors: 0 at rank 0 yes, .* 1 at full rank yes;", out)
+    assert assumptions.main(["--table", *own]) == 0 and capsys.readouterr().out == out
+
+
+def test_assumptions_noise_has_unit_variance():
+    from experiments import assumptions
+    rng, v = np.random.default_rng(0), np.eye(8)[0] - np.eye(8)[1]
+    for factor in (4.0, 0.25):
+        g = assumptions.stretched(v, factor)(rng, (200, 500, 8))
+        along = (g @ v / math.sqrt(2)).var()
+        assert abs(g.var() - 1) < 0.02
+        assert abs(along / ((8 * g.var() - along) / 7) - factor) < 0.05 * factor
+    g = assumptions.correlated(0.1)(rng, (4000, 50, 2))
+    assert abs(g.var() - 1) < 0.02 and abs((g[:, 0] * g[:, 1]).mean() - 0.1) < 0.03
+    assert abs((g[..., 0] * g[..., 1]).mean()) < 0.02  # components stay independent
+    t = assumptions.student_t(rng, (4000, 500), nu=10)
+    assert abs(t.var() - 1) < 0.02 and abs((t**4).mean() - 4) < 0.2  # 3 + 6 / (nu - 4)
+    quartile = np.quantile(assumptions.student_t(rng, (4000, 500)), 0.75)  # nu = 3
+    assert abs(quartile - 0.76489 / math.sqrt(3)) < 0.005
+
+
+def test_assumptions_break_one_thing_each():
+    from experiments import assumptions
+    for name, means, sigma, _ in assumptions.violations():
+        lengths = np.linalg.norm(means, axis=1)
+        assert abs(means[0] @ means[1]) < 1e-12 and math.isclose(lengths.mean(), 1), name
+        ratio = {"‖μ_1‖ = 2 ‖μ_2‖": 2, "‖μ_1‖ = ‖μ_2‖ / 2": 0.5}.get(name, 1)
+        assert math.isclose(lengths[0] / lengths[1], ratio), name
+        ratio = {"σ_1 = 2 σ_2": 2, "σ_1 = σ_2 / 2": 0.5}.get(name, 1)
+        sigma = np.broadcast_to(sigma, 2)
+        assert math.isclose(sigma[0] / sigma[1], ratio) and math.isclose(sigma.mean(), 8), name
+
+
+def test_tangent_share_against_a_basis_of_the_tangent_space():
+    """The share by least squares on the Jacobian of (B, A) -> BA."""
+    from experiments import assumptions
+    rng = np.random.default_rng(1)
+    for d, k, r in ((4, 6, 2), (5, 3, 1), (4, 4, 4)):
+        b, a = rng.standard_normal((d, r)), rng.standard_normal((r, k))
+        g = rng.standard_normal((d, k))
+        for b_now in (b, 0 * b, np.repeat(b[:, :1], r, 1)):  # full rank, none, one
+            columns = [np.outer(np.eye(d)[i], a[j]).ravel() for i in range(d) for j in range(r)]
+            columns += [np.outer(b_now[:, j], np.eye(k)[i]).ravel()
+                        for j in range(r) for i in range(k)]
+            jacobian = np.array(columns).T
+            inside = jacobian @ np.linalg.lstsq(jacobian, g.ravel(), rcond=None)[0]
+            share = assumptions.tangent_share(g, b_now, a)
+            assert math.isclose(share, (inside**2).sum() / (g**2).sum(), rel_tol=1e-9)
+    assert assumptions.tangent_share(g, np.zeros((4, 0)), np.zeros((0, 4))) == 0
+
+
+def test_trained_factors_reach_the_best_of_their_rank():
+    """After many steps BA is the target itself at full rank, so both of its factors are whole."""
+    from experiments import assumptions
+    b, a = assumptions.trained_factors(3, 5, 2, np.random.default_rng(0))
+    assert b.shape == (3, 2) and a.shape == (2, 5)
+    assert np.linalg.matrix_rank(b) == np.linalg.matrix_rank(a) == 2
+    rng = np.random.default_rng(0)
+    target = (rng.standard_normal((3, 3)) * [1, 0.7, 0.49]) @ rng.standard_normal((3, 5))
+    u, s, v = np.linalg.svd(target / math.sqrt(5))
+    assert np.allclose(b @ a, (u[:, :2] * s[:2]) @ v[:2], atol=1e-2)
+
+
+def test_verdict_on_assumption_f2():
+    from experiments import assumptions
+    assert assumptions.verdict(np.linspace(0, 1, 11)) == (
+        "0 at rank 0 yes, grows yes, 1 at full rank yes; at a tenth of full rank 0.10")
+    assert assumptions.verdict([0.1, 0.5, 0.4]) == (
+        "0 at rank 0 NO, grows NO, 1 at full rank NO (0.40); at a tenth of full rank 0.18")
+    assert "grows yes" in assumptions.verdict([0, 0.51, 0.5, 1])
