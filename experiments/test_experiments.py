@@ -25,6 +25,7 @@ pytest.importorskip("tabulate")
 
 ROOT = Path(cm.__file__).parent
 RESULTS = ROOT / "experiments" / "results"
+README = (ROOT / "experiments" / "README.md").read_text()
 MINIATURE = ["--dataset", "shapes", "--channels", "8", "--multipliers", "1", "2",
              "--image-size", "8", "--batch-size", "8", "--rank-ratio", "0.25",
              "--warmup", "1", "--log-every", "2"]
@@ -197,7 +198,7 @@ def test_table_cells():
     assert common.interval(2, math.nan, 1) == "+2.0"
     assert shown_cells(common.markdown([{"a": "1.50", "b": "x"}, {"a": "-3", "b": 2}])) == [
         [["a", "b"], [":-----", ":----"], ["1.50", "x"], ["-3", "2"]]]
-    assert common.markdown([]) == ""
+    assert len(common.markdown([{"a": 1}]).splitlines()) == 3 and common.markdown([]) == ""
 
 
 class Trained:
@@ -491,13 +492,13 @@ def test_pruning_end_to_end(tmp_path, capsys):
 
 def test_pruning_table_over_seeds_and_its_correlation():
     from experiments import pruning
-    change = {"a": (0.01, 0.02), "b": (0.03, 0.03), "c": (0.08, 0.04), "d": (0.2, 0.3)}
+    change = {"d": (0.01, 0.02), "c": (0.03, 0.03), "b": (0.08, 0.04), "a": (0.2, 0.3)}
     rows = pd.DataFrame([dict(method="M", name=name, seed=seed, count=count, change=v)
                          for (name, pair), count in zip(change.items(), (9, 7, 5, 1), strict=True)
                          for seed, v in enumerate(pair)])
     table, line = pruning.table(rows).split("\n\n")
-    assert shown_cells(table)[0][2:] == [["a", "9", "+1.50 ± 0.71"], ["b", "7", "+3.00 ± 0.00"],
-                                         ["c", "5", "+6.00 ± 2.83"], ["d", "1", "+25.00 ± 7.07"]]
+    assert shown_cells(table)[0][2:] == [["d", "9", "+1.50 ± 0.71"], ["c", "7", "+3.00 ± 0.00"],
+                                         ["b", "5", "+6.00 ± 2.83"], ["a", "1", "+25.00 ± 7.07"]]
     assert "M, 2 seed(s)" in line and "-1.00 (p = 0.000)" in line and line.endswith("is reproduced")
     assert pruning.verdict(-0.9, 0.04) == "reproduced"
     assert pruning.verdict(0.9, 0.04) == "not reproduced"
@@ -673,7 +674,7 @@ def test_divergence_knows_who_ran_off_and_first():
 def test_divergence_counts_the_concave_classes_among_the_first():
     from experiments import divergence
     inf = math.inf
-    w = np.array([2, 1, -0.5, -2, -3])
+    w = np.array([2, 1, -1, -2, -3])
     assert divergence.concave_first(w, np.array([inf, 40, 10, 20, 30])) == (2, 1)
     assert divergence.concave_first(w, np.array([inf, inf, inf, 20, 10])) == (2, 2)
     assert divergence.concave_first(w, np.array([inf, inf, inf, inf, 10])) == (2, 1)
@@ -728,7 +729,17 @@ def test_assumptions_noise_has_unit_variance():
 
 def test_assumptions_break_one_thing_each():
     from experiments import assumptions
-    for name, means, sigma, _ in assumptions.violations():
+    rng = np.random.default_rng(0)
+    for name, means, sigma, noise in assumptions.violations():
+        g = noise(rng, (4000, 10, 8))
+        v = (means[0] - means[1]) / np.linalg.norm(means[0] - means[1])
+        along = (g @ v).var()
+        rest = (8 * g.var() - along) / 7
+        factor = {"variance × 4 along μ_1 − μ_2": 4, "variance / 4 along μ_1 − μ_2": 0.25}
+        assert abs(along / rest / factor.get(name, 1) - 1) < 0.1 + ("Student" in name), name
+        shared = {"correlation 0.01 within a class": 0.01, "correlation 0.1 within a class": 0.1}
+        product = (g[:, 0] * g[:, 1]).mean() / g.var()  # of two samples, over 32,000 pairs
+        assert abs(product - shared.get(name, 0)) < 0.03, name
         lengths = np.linalg.norm(means, axis=1)
         assert abs(means[0] @ means[1]) < 1e-12 and math.isclose(lengths.mean(), 1), name
         ratio = {"‖μ_1‖ = 2 ‖μ_2‖": 2, "‖μ_1‖ = ‖μ_2‖ / 2": 0.5}.get(name, 1)
@@ -745,9 +756,10 @@ def test_tangent_share_against_a_basis_of_the_tangent_space():
     for d, k, r in ((4, 6, 2), (5, 3, 1), (4, 4, 4)):
         b, a = rng.standard_normal((d, r)), rng.standard_normal((r, k))
         g = rng.standard_normal((d, k))
-        for b_now in (b, 0 * b, np.repeat(b[:, :1], r, 1)):  # full rank, none, one
+        for b_now in (b, 1e-9 * b, 0 * b, np.repeat(b[:, :1], r, 1)):  # full rank, none, one
             columns = [np.outer(np.eye(d)[i], a[j]).ravel() for i in range(d) for j in range(r)]
-            columns += [np.outer(b_now[:, j], np.eye(k)[i]).ravel()
+            scale = max(abs(b_now).max(), 1e-12)  # directions matter, not lengths
+            columns += [np.outer(b_now[:, j] / scale, np.eye(k)[i]).ravel()
                         for j in range(r) for i in range(k)]
             jacobian = np.array(columns).T
             inside = jacobian @ np.linalg.lstsq(jacobian, g.ravel(), rcond=None)[0]
@@ -757,7 +769,7 @@ def test_tangent_share_against_a_basis_of_the_tangent_space():
 
 
 def test_trained_factors_reach_the_best_of_their_rank():
-    """After many steps BA is the target itself at full rank, so both of its factors are whole."""
+    """After many steps BA is the best approximation of the target, so its factors are whole."""
     from experiments import assumptions
     b, a = assumptions.trained_factors(3, 5, 2, np.random.default_rng(0))
     assert b.shape == (3, 2) and a.shape == (2, 5)
@@ -766,6 +778,8 @@ def test_trained_factors_reach_the_best_of_their_rank():
     target = (rng.standard_normal((3, 3)) * [1, 0.7, 0.49]) @ rng.standard_normal((3, 5))
     u, s, v = np.linalg.svd(target / math.sqrt(5))
     assert np.allclose(b @ a, (u[:, :2] * s[:2]) @ v[:2], atol=1e-2)
+    b, a = assumptions.trained_factors(60, 400, 50, rng, steps=0)  # LoRA's start
+    assert (b == 0).all() and 0.0499 < a.max() < 0.05 and -0.05 < a.min() < -0.0499
 
 
 def test_verdict_on_assumption_f2():
@@ -775,3 +789,62 @@ def test_verdict_on_assumption_f2():
     assert assumptions.verdict([0.1, 0.5, 0.4]) == (
         "0 at rank 0 NO, grows NO, 1 at full rank NO (0.40); at a tenth of full rank 0.18")
     assert "grows yes" in assumptions.verdict([0, 0.51, 0.5, 1])
+
+
+# ------------------------------------------------------------------------------------------------
+# README.md
+
+
+def sections():
+    """(title, text) of the README's sections, those beneath a section apart."""
+    parts = re.split(r"^##+ (.*)$", README, flags=re.M)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def commands(text):
+    return re.findall(r"python -m experiments\.(\w+)([^\n`#]*)", text)
+
+
+MEASURED_ANEW = "Speed"  # its numbers are those of the machine that it ran on
+
+
+@pytest.mark.parametrize("title, text", [(title, text) for title, text in sections()
+                                         if "\n|" in text and title != MEASURED_ANEW])
+def test_readme_shows_the_tables_as_their_command_prints_them(title, text, tmp_path, monkeypatch,
+                                                              capsys):
+    monkeypatch.chdir(ROOT)
+    (script, arguments), = [c for c in commands(text) if "--table" in c[1]]
+    argv = arguments.split()
+    if script == "assumptions":  # its --out is where it reads, too
+        results = tmp_path / "experiments" / "results"
+        results.mkdir(parents=True)
+        for path in RESULTS.glob("*.csv"):
+            (results / path.name).write_bytes(path.read_bytes())
+        argv += ["--out", str(tmp_path)]
+    else:
+        argv += ["--assets", str(tmp_path)]
+    importlib.import_module(f"experiments.{script}").main(argv)
+    printed = capsys.readouterr().out
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    assert blocks
+    for block in blocks:
+        assert block in printed, block
+
+
+def test_readme_has_a_command_for_each_table_and_pictures_that_are_there():
+    for title, text in sections():
+        tables = "\n|" in text and title != MEASURED_ANEW
+        assert any("--table" in arguments for _, arguments in commands(text)) == tables, title
+    for picture in re.findall(r"\]\((\S+\.png)\)", README):
+        assert (ROOT / "experiments" / picture).is_file(), picture
+
+
+def test_readme_commands_parse(capsys):
+    known = {"--" + name.replace("_", "-") for name in cm.Config.__dataclass_fields__}
+    shown = set(commands(README))
+    assert len({script for script, _ in shown}) == 6
+    for script, arguments in shown:
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"experiments.{script}").main(["--help"])
+        own = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        assert set(re.findall(r"--[a-z][a-z-]*", arguments)) <= own | known, (script, arguments)
