@@ -253,6 +253,14 @@ def test_training_stops_on_a_signal_and_goes_on_bit_for_bit(number, tmp_path, ca
     assert {p.name for p in tmp_path.iterdir()} == {"whole.pt", "cut.pt", "25.pt"}
 
 
+def test_training_stopped_at_its_last_step_is_finished(tmp_path):
+    def stop(i):
+        if i == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert Trained(tmp_path / "c.pt", stop).train(7).seen[-1] == 7
+    assert Trained(tmp_path / "c.pt").train(7).seen == []
+
+
 def test_training_killed_goes_on_from_its_last_checkpoint(tmp_path):
     def die(i):
         if i == 14:
@@ -543,6 +551,8 @@ def test_gradients_part_of_ba_is_how_ba_moves():
     assert torch.allclose((layer.B @ layer.A - moved) / h, parts["BA"][0], atol=1e-3)
     assert torch.equal(parts["W_g"][0], of_w.flatten(1))
     assert torch.equal(parts["W_g+BA"], parts["W_g"] + parts["BA"])
+    plain = gradients.parts({"unet.L.weight": of_w[None]}, "L", layer.layer)
+    assert list(plain) == ["W"] and torch.equal(plain["W"], of_w.flatten(1)[None])
 
 
 def two_means():
@@ -593,19 +603,88 @@ def test_gradients_estimates_know_spread_direction_and_what_is_no_mean():
     assert all(math.isnan(r["predicted"]) and r["projected"] < 0.1 for r in rows[-1:])
 
 
+def test_gradients_estimates_against_an_independent_writing():
+    from scipy import stats
+
+    from experiments import gradients
+    m1, m2 = two_means()
+    g1, g2 = m1 + 2 * torch.randn(300, 24, 30), 1.5 * m2 + 3 * torch.randn(306, 24, 30)
+    rows = gradients.estimate(g1, g2)
+    a1, b1, a2, b2 = (g.double().numpy() for g in (g1[:100], g1[100:200], g2[:102], g2[102:204]))
+    squares, crosses, spreads, kurtoses, shares = [], [], [], [], []
+    for r in range(24):  # a weight at a time
+        mean_a1, mean_b1, mean_a2, mean_b2 = (p[:, r].mean(0) for p in (a1, b1, a2, b2))
+        squares.append((mean_a1 @ mean_b1, mean_a2 @ mean_b2,
+                        (mean_a1 - mean_a2) @ (mean_b1 - mean_b2)))
+        crosses.append((mean_a1 @ mean_b2 + mean_a2 @ mean_b1) / 2)
+        v = mean_a1 / np.linalg.norm(mean_a1) - mean_a2 / np.linalg.norm(mean_a2)
+        v /= np.linalg.norm(v)
+        along = b1[:, r] @ v, b2[:, r] @ v
+        spreads += [np.var(x, ddof=1) / np.cov(p[:, r].T).trace() * 30
+                    for x, p in zip(along, (b1, b2), strict=True)]
+        kurtoses += [stats.kurtosis(x) for x in along]
+        mean = 75 * along[0].mean() + 25 * along[1].mean()
+        variance = 75 * np.var(along[0], ddof=1) + 25 * np.var(along[1], ddof=1)
+        shares.append((v @ (mean_b1 - mean_b2), stats.norm.cdf(mean / math.sqrt(variance))))
+    square_1, square_2, square = np.mean(squares, 0)
+    quality, projected = np.mean(shares, 0)
+    sigma_1, sigma_2 = (math.sqrt(np.mean([np.cov(p[:, r].T).trace() / 30 for r in range(24)]))
+                        for p in (b1, b2))
+    cos = np.mean(crosses) / math.sqrt(square_1 * square_2)
+    expected = {"mu_1": math.sqrt(square_1), "mu_2": math.sqrt(square_2), "sigma_1": sigma_1,
+                "sigma_2": sigma_2, "cos": cos, "quality": quality / math.sqrt(square),
+                "anisotropy": np.median(spreads), "kurtosis": np.median(kurtoses),
+                "projected": projected}
+    row = next(r for r in rows if r["a"] == 0.75)
+    for name, value in expected.items():
+        assert math.isclose(row[name], value, rel_tol=1e-9), name
+    mu, sigma = math.sqrt((square_1 + square_2) / 2), math.hypot(sigma_1, sigma_2) / math.sqrt(2)
+    argument = expected["quality"] * 0.5 * mu * math.sqrt(200 * (1 - cos)) / (2 * sigma)
+    assert math.isclose(row["predicted"], stats.norm.cdf(argument), rel_tol=1e-9)
+
+    small = gradients.estimate(g1 / 128, g2 / 128)  # lengths scale, nothing else changes
+    for r, of_small in zip(rows, small, strict=True):
+        for name in r:
+            scale = 1 / 128 if name in ("mu_1", "mu_2", "sigma_1", "sigma_2") else 1
+            assert math.isclose(of_small[name], scale * r[name], rel_tol=1e-9), name
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_gradients_predict_nothing_from_estimates_that_no_means_have():
+    from experiments import gradients
+    m, _ = two_means()
+
+    def predicted(*factors):  # of m in parts A and B, of the majority and of the minority
+        noise = 0.01 * torch.randn(2, 300, 24, 30)
+        a1, b1, a2, b2 = (torch.full((100, 1, 1), f) for f in factors)
+        zero = torch.zeros(100, 1, 1)
+        g1, g2 = torch.cat([a1, b1, zero]) * m, torch.cat([a2, b2, zero]) * m
+        row = gradients.estimate(g1 + noise[0], g2 + noise[1])[1]
+        return row["cos"], row["predicted"]
+    for factors, cos in (((2, 0.76, 0.76, 2), 1.5), ((2, 0.76, -0.76, -2), -1.5)):
+        found, says_nothing = predicted(*factors)
+        assert abs(found - cos) < 0.05 and math.isnan(says_nothing)
+    assert not math.isnan(predicted(1, 1, -0.9, -0.9)[1])
+    of_a, of_b = torch.zeros(300, 24, 30), torch.zeros(300, 24, 30)
+    of_a[:100, :, :3], of_b[:100, :, 3:6] = m[:, :3], -m[:, 3:6]
+    of_a[100:, :, 6:9], of_b[100:, :, 9:] = torch.randn(200, 24, 3), torch.randn(200, 24, 21)
+    nothing = gradients.estimate(of_a, of_b)[1]  # parts in other columns: products are exactly 0
+    assert nothing["mu_1"] == nothing["cos"] == 0 and math.isnan(nothing["predicted"])
+
+
 def test_gradients_summary_counts_and_averages():
     from experiments import gradients
-    row = dict(method="DDPM", step=1, layer="L", part="W", mu_1=1, mu_2=2, sigma_1=1, sigma_2=1,
+    row = dict(method="DDPM", step=1, layer="L", part="W", mu_1=1, mu_2=3, sigma_1=2, sigma_2=1,
                cos=0, quality=1, anisotropy=7, kurtosis=0)
     rows = pd.DataFrame([row | dict(a=a, predicted=p, projected=0.5, observed=0.75)
                          for a, p in zip(gradients.RATIOS, (1, math.nan, 0.5, 1, 1), strict=True)]
                         + [row | dict(a=a, layer="M", anisotropy=20, mu_2=0, predicted=1,
                                       projected=0.7, observed=0.75) for a in gradients.RATIOS])
     assert shown_cells(gradients.summary(rows))[0][2] == [
-        "W", "0.50 to 0.50", "7 to 20", "0.250", "0.150", "1 of 10"]
+        "W", "0.33 to 0.33", "7 to 20", "0.250", "0.150", "1 of 10"]
     first, second = shown_cells(gradients.table(rows))[0][2:]
-    sigma_over_mu = f"{math.sqrt(1 / 2.5):.1f}"
-    assert first == ["DDPM, 1", "W", "L", "0.50", "1.00", sigma_over_mu, "0.00", "1.00", "7.0",
+    sigma_over_mu = f"{math.sqrt(2.5 / 5):.1f}"
+    assert first == ["DDPM, 1", "W", "L", "0.33", "2.00", sigma_over_mu, "0.00", "1.00", "7.0",
                      "0.0", "nan / 0.50 / 0.75", "0.50 / 0.50 / 0.75", "1.00 / 0.50 / 0.75"]
     assert second[3] == "nan"
 
