@@ -208,7 +208,7 @@ def train(step, state, path, steps, seed=0, options="", every=500):
     try:
         for i in tqdm(range(first + 1, steps + 1), path.stem, steps, initial=first, unit="step"):
             torch.manual_seed(hashed(seed, i))
-            loss = float(step(i))
+            loss = torch.as_tensor(step(i)).item()
             if not np.isfinite(loss):
                 raise FloatingPointError(f"{path.stem}: the loss is not finite at step {i}")
             if i % every == 0 or i == steps or stopped_by:

@@ -129,8 +129,9 @@ def test_options_of_cm_and_of_a_table(tmp_path):
     assert settings([*steps, "--lr", "1"]) == settings(["--lr", "1", *steps]) == "--lr 1 --steps 3"
     for typed in (["--steps", "9"], ["--steps=9"]):
         assert with_defaults(typed, steps="7") == ["--steps", "9", "--dataset", "fashion"]
-    assert with_defaults([], steps="7", warmup="1") == ["--dataset", "fashion", "--steps", "7",
-                                                        "--warmup", "1"]
+    assert with_defaults([], steps="7", rank_ratio="0.5") == [
+        "--dataset", "fashion", "--steps", "7", "--rank-ratio", "0.5"]
+    assert with_defaults(["--out=a=b"]) == ["--out", "a=b", "--dataset", "fashion"]
     with pytest.raises(ValueError, match="rank-ratio"):
         with_defaults(["--rank-ratio", "2"])
     rows = common.text([dict(x=1, options="--lr 1"), dict(x=2, options="--lr 2")])
@@ -257,8 +258,8 @@ def test_training_stopped_at_its_last_step_is_finished(tmp_path):
     def stop(i):
         if i == 7:
             os.kill(os.getpid(), signal.SIGTERM)
-    assert Trained(tmp_path / "c.pt", stop).train(7).seen[-1] == 7
-    assert Trained(tmp_path / "c.pt").train(7).seen == []
+    assert Trained(tmp_path / "new" / "c.pt", stop).train(7).seen[-1] == 7
+    assert Trained(tmp_path / "new" / "c.pt").train(7).seen == []
 
 
 def test_training_killed_goes_on_from_its_last_checkpoint(tmp_path):
@@ -402,19 +403,24 @@ def test_study_verdicts():
     from experiments import study
     nan, inf, says = math.nan, math.inf, study.verdict
     assert says(-2, 1, 3) == "reproduced" and says(2, 1, 3) == "not reproduced"
-    assert says(-1, 2, 3) == says(1, 2, 3) == "not decidable at this scale"
+    assert says(-1, 1.5, 3) == says(1, 1.5, 3) == "not decidable at this scale"
     assert says(-1, nan, 1) == "not decidable at this scale (one seed)"
     assert says(nan, nan, 0) == "not run" and says(nan, nan, 3) == says(inf, nan, 3) == "ran off"
 
     rows = study_rows(DDPM=[(5, 0), (5.1, 0), (5.2, 0)], OC=[(9, 0), (9.1, 0), (9.3, 0)],
+                      CBDM=[(5.5, 0), (5.7, 0), (5.7, 0)], Focal=[(5.5, 0), (4.9, 0), (5.9, 0)],
                       RS=[(4, 0), (4.2, 0), (4.2, 0)], ours=[(3, 0), (3.1, 0), (3.3, 0)])
-    for other, says in (("DDPM", "reproduced"), ("RS", "reproduced"),
-                        ("OC", "ahead, but OC is itself behind DDPM")):
-        assert study.verdict_on(rows, "ours", other, "FD Few") == says
+    for other in ("DDPM", "RS", "Focal"):  # of Focal it can't be told whether it is behind DDPM
+        assert study.verdict_on(rows, "ours", other, "FD Few") == "reproduced"
+    for other in ("OC", "CBDM"):
+        assert study.verdict_on(rows, "ours", other, "FD Few") == (
+            f"ahead, but {other} is itself behind DDPM")
+    assert study.verdict_on(rows, "OC", "CBDM", "FD Few") == "not reproduced"
     assert study.verdict_on(rows, "OC", "RS", "FD Few") == "not reproduced"
-    assert study.verdict_on(rows, "ours", "CBDM", "FD Few") == "not run"
-    ends = study_rows(worse=[(190, 0.05), (190, 1.9)], gone=[(300, 9e3)], nan=[(1, 0.1), (1, nan)])
-    assert [study.off(ends, m) for m in ("worse", "gone", "nan")] == [False, True, True]
+    assert study.verdict_on(rows, "ours", "absent", "FD Few") == "not run"
+    ends = study_rows(worse=[(190, 0.05), (190, 1.9)], gone=[(300, 9e3)], more=[(300, 1.1)],
+                      nan=[(1, 0.1), (1, nan)])
+    assert [study.off(ends, m) for m in ("worse", "gone", "more", "nan")] == [False, *3 * [True]]
 
 
 def test_study_compares_with_the_base_and_shows_what_ran_off():
@@ -424,6 +430,9 @@ def test_study_compares_with_the_base_and_shows_what_ran_off():
     rows = study_rows(**{"DDPM": [(10, 0.1), (20, 0.2)], "CM, m = 0.1": [(9, 0.3), (16, 0.6)],
                          "CM, m = inf": [(50, 7), (60, 8)], "CM, λ = 0": [(1, 1)]})
     assert study.members(rows, "margin") == ["DDPM", "CM, m = 0.1", "CM, m = inf"]
+    with_reference = study_rows(**{study.CM: [(1, 1)], f"{study.CM}, θ_g": [(1, 1)],
+                                   "CM, λ = 0": [(1, 1)]})
+    assert study.members(with_reference, "ablation") == [study.CM, "CM, λ = 0"]
     values, = shown_cells(study.values(rows, "margin"))
     values = {row[0]: dict(zip(values[0], row, strict=True)) for row in values[2:]}
     assert values["DDPM"]["FD Few"] == "15.0 ± 7.1" and values["DDPM"]["seeds"] == "2"
@@ -432,6 +441,8 @@ def test_study_compares_with_the_base_and_shows_what_ran_off():
     assert values["CM, m = inf"]["FD Few"] == "55.0 ± 7.1" and values["DDPM"]["FD Many"] == "–"
     differences, = shown_cells(study.differences(rows, "margin"))
     title, _, bounded, printed = differences
+    assert title[1:] == ["FD overall", "FD Many", "FD Medium", "FD Few", "1000 × loss Many",
+                         "1000 × loss Medium", "1000 × loss Few"]
     assert bounded[0] == "CM, m = 0.1 − DDPM" and set(printed[1:]) == {"ran off"}
     half = 12.7062 * 3 / 2  # t(0.975, 1 degree of freedom) times the standard error of -1 and -4
     assert bounded[title.index("FD Few")] == f"-2.50 [{-2.5 - half:.2f}, +{-2.5 + half:.2f}]"
