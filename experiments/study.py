@@ -3,7 +3,7 @@
     python -m experiments.study --data /usr/share/datasets/fashion-mnist     # what has no row yet
     python -m experiments.study --data DIR --stage margin     # only the sweep of div_margin
     python -m experiments.study --table                       # tables and pictures of the rows
-    python -m experiments.study --table --rows experiments/results/first_study.csv
+    python -m experiments.study --table --rows experiments/results/first_study.csv  # [--summary]
     python -m experiments.study --data DIR --rows experiments/results/gpu.csv --preset paper \\
         --steps 100000                                        # a GPU, 32x32
 
@@ -311,6 +311,18 @@ def verdicts(rows, stage):
     return common.markdown(shown)
 
 
+def summary(rows):
+    """The README's table: the main methods on Few, and FD Few's paired difference to DDPM's."""
+    digits = {"FD overall": 1, "FD Few": 1, "accuracy Few": 2, "loss Few": 4}
+    shown = []
+    for method in ("DDPM", "RS", "OC", "CBDM", CM, f"{CM}, θ_g"):
+        cells = {name: common.spread(column(rows, method, name), n) for name, n in digits.items()}
+        mean, half, _ = difference(rows, method, "DDPM", "FD Few")
+        cells["FD Few − DDPM's"] = "" if method == "DDPM" else common.interval(mean, half, 1)
+        shown.append({"method": method} | cells)
+    return common.markdown(shown)
+
+
 def table(rows, stages):
     """The tables of the stages in Markdown, and how much is done, as text."""
     lines = []
@@ -387,6 +399,7 @@ def main(argv=None):
     parser = common.parser("study", __doc__)
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     parser.add_argument("--stage", choices=list(STAGES), nargs="+", default=list(STAGES))
+    parser.add_argument("--summary", action="store_true", help="with --table: the README's table")
     parser.add_argument("--jobs", type=int, default=cores, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"),
                         help="where run directories lie")
@@ -402,7 +415,7 @@ def main(argv=None):
         caveat = CAVEATS.get(args.rows.name, "")
         if caveat:
             print(caveat + "\n")
-        print(table(rows, args.stage))
+        print(summary(rows) if args.summary else table(rows, args.stage))
         draw_theta(rows, class_names(rows), caveat, args.assets / f"{args.rows.stem}_theta.png")
         draw_few(rows, caveat, args.assets / f"{args.rows.stem}_few.png")
         return status
