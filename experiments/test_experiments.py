@@ -685,7 +685,7 @@ def test_gradients_predict_nothing_from_estimates_that_no_means_have():
 
 def test_gradients_summary_counts_and_averages():
     from experiments import gradients
-    row = dict(method="DDPM", step=1, layer="L", part="W", mu_1=1, mu_2=3, sigma_1=2, sigma_2=1,
+    row = dict(method="DDPM", step=1, layer="L", part="W", mu_1=1, mu_2=3, sigma_1=20, sigma_2=10,
                cos=0, quality=1, anisotropy=7, kurtosis=0)
     rows = pd.DataFrame([row | dict(a=a, predicted=p, projected=0.5, observed=0.75)
                          for a, p in zip(gradients.RATIOS, (1, math.nan, 0.5, 1, 1), strict=True)]
@@ -694,7 +694,7 @@ def test_gradients_summary_counts_and_averages():
     assert shown_cells(gradients.summary(rows))[0][2] == [
         "W", "0.33 to 0.33", "7 to 20", "0.250", "0.150", "1 of 10"]
     first, second = shown_cells(gradients.table(rows))[0][2:]
-    sigma_over_mu = f"{math.sqrt(2.5 / 5):.1f}"
+    sigma_over_mu = f"{math.sqrt(250 / 5):.1f}"
     assert first == ["DDPM, 1", "W", "L", "0.33", "2.00", sigma_over_mu, "0.00", "1.00", "7.0",
                      "0.0", "nan / 0.50 / 0.75", "0.50 / 0.50 / 0.75", "1.00 / 0.50 / 0.75"]
     assert second[3] == "nan"
