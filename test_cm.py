@@ -1,5 +1,6 @@
 """Tests. Peers (diffusers, torch-fidelity) are compared with where they are installed: see README, Tests."""
 
+import contextlib
 import csv
 import gzip
 import json
@@ -831,6 +832,368 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 5
     monkeypatch.undo()
     assert cm.main(["--resume", "--out", str(out)]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop, replayed by hand
+
+
+# One flag for every part of a step: warm-up longer than the run, an EMA whose cap acts on the last
+# two of five steps, log intervals of unequal length, many labels dropped, masks, a nonzero seed.
+REPLAY = ("--channels 8 --multipliers 1 2 --blocks 1 --attention --image-size 8 --batch-size 16 "
+          "--steps 5 --warmup 8 --lr 0.1 --ema 0.33 --seed 3 --base ddpm --log-every 3 "
+          "--label-drop 0.5")
+# L_CM large enough to be seen, its bound small enough to act
+WITH_CM = f"{REPLAY} --resample 0.5 --dropout 0.3 --lam 3 --div-margin 1e-4"
+WITHOUT = f"{REPLAY} --resample 0 --no-flip --no-cm --unconditional"
+SPLITS = {"Many": [0, 1, 2], "Medium": [3, 4, 5], "Few": [6, 7, 8, 9]}  # of ten classes by count
+
+
+def grey(model, labels, image_shape, *args, **kw):
+    """In the place of `cm.sample`, it saves the seconds of the pictures at a run's end."""
+    return torch.zeros(len(labels), *image_shape)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(cm, "sample", grey)
+
+
+def replay(c, world=1):
+    """What `cm.train` must do on shapes, step by step, written out with plain tensors.
+
+    Returns the model's and the EMA's parameters, Adam's two moments, the rows of log.csv, and per
+    step the gradient norm before clipping; each parameter list is in `parameters()` order."""
+    data = cm.Data(c)
+    n = data.counts.double()
+    weight = (len(n) * n / n.sum() - len(n) / (n * (1 / n).sum())).float()  # omega_con - omega_div
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    torch.manual_seed(cm.hashed_seed("weights", c.seed))
+    unet = cm.make_unet(c, 10, 3)
+    unet.to(memory_format=torch.channels_last)  # dropout's masks are drawn in memory's order
+    parameters = list(unet.parameters())
+    ema = [p.detach().clone() for p in parameters]
+    first = [torch.zeros_like(p) for p in parameters]
+    second = [torch.zeros_like(p) for p in parameters]
+    rows, norms, steps, samples = [], [], [], []
+    for step in range(1, c.steps + 1):
+        lr = c.lr * min(1.0, step / c.warmup)
+        gradient, means = [torch.zeros_like(p) for p in parameters], []
+        for rank in range(world):
+            x0, y, t, eps, y_in = cm.draw_batch(data, c, c.batch_size // world, step, rank)
+            a = alpha_bar[t].view(-1, 1, 1, 1)
+            encoded = unet.encode(a.sqrt().float() * x0 + (1 - a).sqrt().float() * eps, t, y_in)
+            masks = torch.get_rng_state()
+            eps_theta = unet.decode(*encoded)
+            base = (eps_theta - eps).square().mean((1, 2, 3))
+            capacity = d = torch.zeros_like(base)
+            if not c.no_cm:
+                torch.set_rng_state(masks)
+                with cm.general_only(unet):
+                    d = (eps_theta - unet.decode(*encoded)).square().mean((1, 2, 3))
+                bound = torch.where(weight[y] >= 0, math.inf, c.div_margin)
+                capacity = weight[y] * torch.minimum(d, bound)
+            loss = base.mean() + c.lam * capacity.mean()
+            own = torch.autograd.grad(loss, parameters)
+            gradient = [total + g / world for total, g in zip(gradient, own, strict=True)]
+            means.append([v.item() for v in (loss.detach(), base.mean(), capacity.mean())])
+            samples += zip(y.tolist(), base.tolist(), d.tolist(), strict=True)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient))
+        norms.append(norm)
+        steps.append([*np.mean(means, 0), norm])
+        decay = min(c.ema, (1 + step) / (10 + step))
+        for p, g, m, v, e in zip(parameters, gradient, first, second, ema, strict=True):
+            g = g / max(1.0, norm)
+            m += 0.1 * (g - m)
+            v += 0.001 * (g * g - v)
+            root = (v / (1 - 0.999 ** step)).sqrt() + 1e-8
+            p.data -= lr * m / (1 - 0.9 ** step) / root
+            e += (1 - decay) * (p.data - e)
+        if step % c.log_every == 0 or step == c.steps:
+            loss, base, capacity, norm = np.mean(steps, 0)
+            row = dict(step=step, lr=lr, loss=loss, base=base, cm=capacity, grad_norm=norm)
+            for group, classes in ({str(k): [k] for k in range(10)} | SPLITS).items():
+                own = [(b, d) for k, b, d in samples if k in classes] or [(math.nan, math.nan)]
+                row[f"base_{group}"], row[f"d_{group}"] = np.mean(own, 0)
+            rows.append(row)
+            steps, samples = [], []
+    return parameters, ema, first, second, rows, norms
+
+
+def assert_trained_as(out, c, replayed):
+    """The checkpoint and log.csv in `out` are those of the replay, up to rounding."""
+    parameters, ema, first, second, rows, _ = replayed
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == c.steps
+    names = [name for name, _ in cm.make_unet(c, 10, 3).named_parameters()]
+    for i, name in enumerate(names):
+        adam = state["optimizer"]["state"][i]
+        for ours, theirs, tolerance in (
+                (parameters[i], state["model"][name], 0.01 * c.lr),
+                (ema[i], state["ema"][name], 0.01 * c.lr),
+                (first[i], adam["exp_avg"], 1e-3 * first[i].abs().max() + 1e-9),
+                (second[i], adam["exp_avg_sq"], 1e-3 * second[i].abs().max() + 1e-12)):
+            assert (ours - theirs).abs().max() < tolerance, name
+        assert int(adam["step"]) == c.steps
+    with open(out / "log.csv", newline="") as f:
+        written = list(csv.DictReader(f))
+    for row, ours in zip(written, rows, strict=True):
+        assert row.keys() == ours.keys()
+        for column, value in ours.items():
+            close = pytest.approx(value, rel=1e-3, abs=1e-7, nan_ok=True)
+            assert float(row[column]) == close, (ours["step"], column)
+
+
+def stop_at(monkeypatch, step, number):
+    """This process gets the signal `number` while training draws the batch of `step`."""
+    draw = cm.draw_batch
+
+    def draw_and_stop(data, c, size, now, rank=0):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return draw(data, c, size, now, rank)
+    monkeypatch.setattr(cm, "draw_batch", draw_and_stop)
+
+
+@pytest.mark.parametrize("flags, stopped", [(WITH_CM, False), (WITH_CM, True), (WITHOUT, False)],
+                         ids=["CM", "stopped and resumed", "plain, unconditional"])
+def test_replay_equals_the_checkpoint_and_the_log(tmp_path, no_pictures, flags, stopped):
+    out = tmp_path / "run"
+    flags = f"{flags} --out {out}".split()
+    c = cm.parse(flags)[0].resolved()
+    replayed = replay(c)
+    rows, norms = replayed[-2:]
+    assert min(norms) < 0.9 and max(norms) > 1.1  # the clip acts on some steps
+    if not c.no_cm:
+        assert rows[0]["d_Few"] < c.div_margin < rows[1]["d_Few"] and rows[1]["d_Many"] > 1e-4
+    if stopped:  # after step 4, in the middle of an interval of the log
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, 4, signal.SIGTERM)
+            assert cm.main(flags) == 128 + signal.SIGTERM
+        assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 4
+        assert not (out / "merged.pt").exists()
+        assert cm.main(["--resume", "--out", str(out)]) == 0
+    else:
+        assert cm.main(flags) == 0
+    assert_trained_as(out, c, replayed)
+    ema = torch.load(out / "checkpoint.pt", weights_only=True)["ema"]
+    merged = torch.load(out / "merged.pt", weights_only=True)
+    for name, weight in merged.items():
+        layer, _, kind = name.rpartition(".")
+        expected = ema.get(name, ema.get(f"{layer}.layer.{kind}"))
+        if kind == "weight" and f"{layer}.B" in ema:
+            ba = ema[f"{layer}.B"] @ ema[f"{layer}.A"]
+            expected = expected + ba.view_as(expected)  # Eq. (1)
+        assert torch.allclose(weight, expected, atol=1e-6), name
+
+
+def test_replay_of_two_processes(tmp_path):
+    """Each draws half a batch; the gradient and every column of the log are means over both."""
+    out, script = tmp_path / "run", tmp_path / "script.py"
+    script.write_text("import cm, test_cm\ncm.sample = test_cm.grey\ncm.main()\n")
+    flags = f"{WITH_CM} --out {out}".split()
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    done = subprocess.run([*torchrun.split(), str(script), *flags],
+                          capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+    c = cm.parse(flags)[0].resolved()
+    assert_trained_as(out, c, replay(c, world=2))
+
+
+@pytest.mark.parametrize("ending", ["finished", "SIGINT", "SIGTERM", "not finite"])
+def test_handlers_are_restored_however_training_ends(tmp_path, no_pictures, monkeypatch, ending):
+    def mine(number, frame):
+        pytest.fail("the signal was not training's to handle")
+    before = {number: signal.signal(number, mine) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        c, typed = cm.parse(f"{REPLAY} --out {tmp_path / 'run'}".split())
+        if ending == "not finite":
+            c.lr = 1e30
+            with pytest.raises(FloatingPointError, match="not finite at step 2"):
+                cm.train(c.resolved(), typed)
+        elif ending == "finished":
+            assert cm.train(c.resolved(), typed) == 0
+        else:
+            number = getattr(signal, ending)
+            stop_at(monkeypatch, 2, number)
+            assert cm.train(c.resolved(), typed) == 128 + number
+        assert [signal.getsignal(number) for number in before] == [mine, mine]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_draw_batch_draws_what_it_says():
+    """Labels, images, flips, times, noise, dropped labels: within five standard deviations."""
+    c = config(dataset="shapes", resample=0.5, label_drop=0.3)
+    data = cm.Data(c)
+    x0, y, t, eps, y_in = cm.draw_batch(data, c, 40_000, step=1)
+    n = len(y)
+
+    def share_is(events, p):
+        return abs(float(events.double().mean()) - p) < 5 * math.sqrt(p * (1 - p) / len(events))
+
+    root = data.counts.double().sqrt()
+    assert all(share_is(y == k, p) for k, p in enumerate((root / root.sum()).tolist()))
+    assert t.dtype == torch.int64 and (t.min(), t.max()) == (0, 999)
+    times = torch.bincount(t, minlength=1000).double()
+    chi_square = (times - n / 1000).square().sum() / (n / 1000)
+    assert abs(float(chi_square) - 999) < 5 * math.sqrt(2 * 999)
+    assert eps.shape == x0.shape == (n, 3, 8, 8)
+    z = eps.double()
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):  # of N(0, 1)
+        assert abs(float((z ** power).mean()) - mean) < 5 * math.sqrt(variance / z.numel()), power
+    for other in (z.roll(1, 0), z.roll(1, 3), x0.double()):  # the next image's, pixel's; the image
+        scale = math.sqrt(float((other ** 2).mean()) / z.numel())
+        assert abs(float((z * other).mean())) < 5 * scale
+    dropped = y_in == -1
+    assert (y_in[~dropped] == y[~dropped]).all()
+    assert all(share_is(dropped[part], 0.3) for part in (y >= 0, y == 0, y == 9, t < 500, t >= 500))
+
+    # whose image each one is, and which way it faces
+    lookup = {}
+    for flipped, images in ((False, data.images), (True, data.images.flip(3))):
+        for i, image in enumerate(images):
+            lookup.setdefault(image.numpy().tobytes(), []).append((i, flipped))
+
+    def origins(x0):
+        return [lookup[image.numpy().tobytes()] for image in cm.to_uint8(x0)]
+
+    found = origins(x0)
+    assert [int(data.labels[own[0][0]]) for own in found] == y.tolist()
+    facing = torch.tensor([own[0][1] for own in found if len({f for _, f in own}) == 1])
+    assert len(facing) > 0.9 * n and share_is(facing, 0.5)
+    drawn = torch.bincount(torch.tensor([own[0][0] for own in found]), minlength=len(data.labels))
+    rarest = drawn[-10:].double()  # ten images, equally often
+    chi_square = (rarest - rarest.mean()).square().sum() / rarest.mean()
+    assert abs(float(chi_square) - 9) < 5 * math.sqrt(2 * 9)
+
+    still = config(dataset="shapes", flip=False, label_drop=0.0)
+    x0, y, _, _, y_in = cm.draw_batch(data, still, 2000, step=1)
+    assert torch.equal(y_in, y)
+    assert not any(all(flipped for _, flipped in own) for own in origins(x0))
+    assert all(share_is(y == k, p) for k, p in enumerate((data.counts / len(data.labels)).tolist()))
+
+
+# Sampling by the command line: each option against a call of `sample`
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Two checkpoints, of CM and of an unconditional plain network, trained for a step with seed 3.
+
+    Their averaged weights are moved far (B too), those of the model are not numbers: only the
+    average may be sampled."""
+    paths = {}
+    for name, flags in (("cm", ""), ("plain", "--unconditional --no-cm")):
+        out = tmp_path_factory.mktemp("checkpoints") / name
+        c, typed = cm.parse(f"{REPLAY} --steps 1 {flags} --out {out}".split())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cm, "sample", grey)
+            cm.train(c.resolved(), typed)
+        paths[name] = out / "checkpoint.pt"
+        state = torch.load(paths[name], weights_only=True)
+        generator = torch.Generator().manual_seed(0)
+        for weights in state["ema"].values():
+            weights += 0.1 * torch.randn(weights.shape, generator=generator)
+        for weights in state["model"].values():
+            weights.fill_(math.nan)
+        torch.save(state, paths[name])
+    return paths
+
+
+def generated(checkpoint, out, *flags):
+    """What `cm.py --sample` writes."""
+    flags = ["--num-images", "6", "--sample-steps", "3", *flags]
+    assert cm.main(["--sample", str(checkpoint), "--out", str(out), *flags]) == 0
+    with np.load(out) as file:
+        return dict(file)
+
+
+def by_hand(checkpoint, labels, sampler="ddim", steps=3, guidance=0.0, seed=0, general=False):
+    """uint8 [N, H, W, C] of a direct call."""
+    _, unet, _ = cm.load_trained(checkpoint)
+    with cm.general_only(unet) if general else contextlib.nullcontext():
+        unet = cm.merge(unet)
+    seeds = [cm.hashed_seed("image", seed, i) for i in range(len(labels))]
+    x = cm.sample(unet, torch.tensor(labels), (3, 8, 8), sampler, steps, guidance, seeds)
+    return ((x + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("", {}),
+    ("--num-images 12", dict(labels=[*range(10), 0, 1])),
+    ("--labels 7 2", dict(labels=[7, 2, 7, 2, 7, 2])),
+    ("--labels 0", dict(labels=[0] * 6)),
+    ("--sampler ddpm", dict(sampler="ddpm")),
+    ("--sampler dpm", dict(sampler="dpm")),
+    ("--sample-steps 5", dict(steps=5)),
+    ("--guidance 1.5", dict(guidance=1.5)),
+    ("--general-only", dict(general=True)),
+    ("--seed 4", dict(seed=4)),
+])
+def test_each_option_of_sample_equals_a_direct_call(checkpoints, tmp_path, capsys, flags, expected):
+    expected = {"labels": list(range(6))} | expected
+    file, checkpoint = tmp_path / "s.npz", checkpoints["cm"]
+    got = generated(checkpoint, file, *flags.split())
+    n, theta = len(expected["labels"]), "theta_g" if expected.get("general") else "theta"
+    assert f"{n} images of {theta} in {file}" in capsys.readouterr().out
+    assert got.keys() == {"arr_0", "arr_1", "counts"} and got["arr_0"].dtype == np.uint8
+    assert got["arr_1"].tolist() == expected["labels"]
+    assert got["counts"].tolist() == cm.class_counts(1000, 100, 10)
+    assert abs(got["arr_0"] - by_hand(checkpoint, **expected)).max() <= 1
+    if flags and n == 6:  # the option does something
+        assert abs(got["arr_0"] - by_hand(checkpoint, list(range(6)))).max() > 10
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddim", 50), ("dpm", 15)])
+def test_sample_steps_default_to_the_samplers(checkpoints, tmp_path, sampler, steps):
+    file, checkpoint = tmp_path / "s.npz", checkpoints["cm"]
+    cm.main(f"--sample {checkpoint} --num-images 2 --sampler {sampler} --out {file}".split())
+    expected = by_hand(checkpoint, [0, 1], sampler, steps)
+    assert abs(np.load(file)["arr_0"] - expected).max() <= 1
+
+
+def test_sample_batch_changes_nothing_but_the_batches(checkpoints, tmp_path, monkeypatch):
+    sample, sizes = cm.sample, []
+
+    def counted(model, labels, *args, **kw):
+        sizes.append(len(labels))
+        return sample(model, labels, *args, **kw)
+    monkeypatch.setattr(cm, "sample", counted)
+    got = generated(checkpoints["cm"], tmp_path / "s.npz", "--sample-batch", "4")
+    assert sizes == [4, 2]
+    monkeypatch.undo()
+    assert abs(got["arr_0"] - by_hand(checkpoints["cm"], list(range(6)))).max() <= 1
+
+
+def test_sample_of_an_unconditional_plain_network(checkpoints, tmp_path, capsys):
+    got = generated(checkpoints["plain"], tmp_path / "s.npz")
+    assert got.keys() == {"arr_0", "counts"}
+    assert abs(got["arr_0"] - by_hand(checkpoints["plain"], [-1] * 6)).max() <= 1
+    file = tmp_path / "none.npz"
+    for flags, says in (("--labels 1", "is unconditional"), ("--general-only", "no theta_g")):
+        with pytest.raises(SystemExit) as stopped:
+            cm.main(f"--sample {checkpoints['plain']} --out {file} {flags}".split())
+        assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_sample_out_and_overwrite(checkpoints, capsys):
+    flags = f"--sample {checkpoints['cm']} --num-images 2 --sample-steps 1".split()
+    default = checkpoints["cm"].parent / "samples.npz"
+    before = set(default.parent.iterdir())
+    assert cm.main(flags) == 0 and set(default.parent.iterdir()) == before | {default}
+    first = default.read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        cm.main([*flags, "--seed", "1"])
+    assert stopped.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert default.read_bytes() == first
+    assert cm.main([*flags, "--seed", "1", "--overwrite"]) == 0
+    got = np.load(default)["arr_0"]
+    assert abs(got - by_hand(checkpoints["cm"], [0, 1], steps=1, seed=1)).max() <= 1
+    default.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
