@@ -1076,6 +1076,164 @@ def test_draw_batch_draws_what_it_says():
     assert all(share_is(y == k, p) for k, p in enumerate((data.counts / len(data.labels)).tolist()))
 
 
+def test_data_is_the_long_tailed_set_sorted_by_class(tmp_path):
+    images, labels = cm.draw_shapes(1000, 8, seed=0)
+    for c in (config(dataset="shapes", ir=20, n_max=60), config(dataset="shapes", ir=1)):
+        data = cm.Data(c)
+        chosen = cm.long_tail_indices(labels, c.ir, n_max=c.n_max)
+        chosen = np.concatenate([[i for i in chosen if labels[i] == k] for k in range(10)])
+        assert (data.images.permute(0, 2, 3, 1).numpy() == images[chosen]).all()
+        assert data.labels.tolist() == labels[chosen].tolist() and data.names == list(cm.SHAPES)
+        assert data.counts.tolist() == np.bincount(labels[chosen]).tolist()
+        assert data.counts.tolist()[0] == (c.n_max or 1000)
+    held_out, held_out_labels = cm.draw_shapes(64, 8, seed=1)
+    assert (data.held_out.permute(0, 2, 3, 1).numpy() == held_out).all()
+    assert data.held_out_labels.tolist() == held_out_labels.tolist()
+    assert data.held_out_name == "held-out"
+    tree = make_tree(tmp_path / "tree", {"b": 2, "a": 3}, size=(8, 8))
+    alone = cm.Data(config(dataset="folder", data=str(tree), preset="small"))
+    assert alone.held_out_name == "TRAINING images" and alone.labels.tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(alone.held_out, alone.images)
+    assert torch.equal(alone.held_out_labels, alone.labels)
+
+
+def unet_by_hand(w, x, t, y):
+    """The DDPM UNet of `tiny_unet`, from its weights: 8 and 16 wide, attention in the latter."""
+    def norm(name, h):
+        return F.group_norm(h, 1, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def conv(name, h, stride=1):
+        weight = w[f"{name}.weight"]
+        return F.conv2d(h, weight, w[f"{name}.bias"], stride, padding=weight.shape[-1] // 2)
+
+    def linear(name, h):
+        return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def silu(h):
+        return h * torch.sigmoid(h)
+
+    def block(name, x):
+        h = conv(f"{name}.block1.2", silu(norm(f"{name}.block1.0", x)))
+        h = h + linear(f"{name}.emb_proj.1", silu(emb))[:, :, None, None]
+        h = conv(f"{name}.block2.3", silu(norm(f"{name}.block2.0", h)))
+        h = h + (conv(f"{name}.shortcut", x) if f"{name}.shortcut.weight" in w else x)
+        if f"{name}.attention.q.weight" in w:
+            normed = norm(f"{name}.attention.norm", h)
+            q, k, v = (conv(f"{name}.attention.{part}", normed).flatten(2) for part in "qkv")
+            of_each = (q.transpose(1, 2) @ k / math.sqrt(q.shape[1])).softmax(2)  # [B, HW, HW]
+            h = h + conv(f"{name}.attention.proj", (v @ of_each.transpose(1, 2)).view_as(h))
+        return h
+
+    frequencies = [10_000 ** (-i / 4) for i in range(4)]
+    waves = [[f(n * o) for f in (math.sin, math.cos) for o in frequencies] for n in t.tolist()]
+    emb = linear("time_embedding.0", torch.tensor(waves))
+    emb = linear("time_embedding.2", silu(emb)) + w["label_embedding.weight"][y]
+    first = conv("encoder.0", x)
+    second = block("encoder.1", first)
+    third = conv("encoder.2", second, stride=2)
+    fourth = block("encoder.3", third)
+    h = block("middle.1", block("middle.0", fourth))
+    h = block("decoder.0", torch.cat([h, fourth], 1))
+    h = block("decoder.1", torch.cat([h, third], 1))
+    h = conv("decoder.2.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    h = block("decoder.3", torch.cat([h, second], 1))
+    h = block("decoder.4", torch.cat([h, first], 1))
+    return conv("decoder.5.2", silu(norm("decoder.5.0", h)))
+
+
+def test_network_against_a_plain_writing():
+    unet = tiny_unet(reserve=False).eval()
+    w = dict(unet.state_dict())
+    with_attention = {name.split(".attention")[0] for name in w if ".attention." in name}
+    assert with_attention == {"encoder.3", "middle.0", "decoder.0", "decoder.1"}
+    x, y, t, _ = batch()
+    with torch.no_grad():
+        ours = unet_by_hand(w, x, t, y)
+        assert ours.std() > 0.1 and torch.allclose(unet(x, t, y), ours, atol=1e-4)
+
+
+def test_network_starts_near_zero_with_xavier_weights():
+    unet = cm.UNet(4, 3, 16, 64, (1, 2), 1, (8,), 0.0)
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.tensor([0, 1])
+    assert unet(x, t, y).abs().max() < 1e-3
+    groups = {m.num_channels: m.num_groups for m in unet.modules() if isinstance(m, nn.GroupNorm)}
+    assert groups == {64: 1, 128: 32, 192: 32, 256: 32}
+    for name, m in unet.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            fan_out, area = len(m.weight), m.weight[0, 0].numel()
+            bound = math.sqrt(6 / ((m.weight.shape[1] + fan_out) * area))
+            last = name.endswith(("block2.3", "attention.proj", f"decoder.{len(unet.decoder) - 1}.2"))
+            gain = 1e-5 if last else 1.0
+            assert 0.9 < m.weight.abs().max() / (gain * bound) < 1.0001, name
+            assert (m.bias == 0).all(), name
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(tmp_path, no_pictures, monkeypatch, capsys):
+    out = tmp_path / "run"
+    flags = f"{REPLAY} --out {out}".split()
+    assert cm.main(flags) == 0
+    made = {"config.json", "log.csv", "checkpoint.pt", "merged.pt", "samples.png", "curves.png"}
+    assert {p.name for p in out.iterdir()} == made
+    stored = json.loads((out / "config.json").read_text())
+    assert stored["classes"] == list(cm.SHAPES)
+    assert stored["counts"] == cm.class_counts(1000, 100, 10)
+    assert stored["options"]["lr"] == 0.1 and stored["options"]["flip"] is True
+    stop_at(monkeypatch, 4, signal.SIGTERM)  # of very many steps
+    capsys.readouterr()
+    assert cm.main([*flags, "--overwrite", "--steps", "1000000000"]) == 128 + signal.SIGTERM
+    printed = capsys.readouterr()
+    assert "stopped at step 4" in printed.err
+    assert "days" in printed.out + printed.err  # after two steps it tells how long they will take
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.csv", "checkpoint.pt"}
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4 and state["names"] == stored["classes"]
+    assert state["counts"] == stored["counts"]
+    assert [row["step"] for row in csv.DictReader((out / "log.csv").open())] == ["3"]
+
+
+def test_resume_on_changed_data_is_refused(tmp_path, capsys):
+    tree = make_tree(tmp_path / "tree", {"a": 4, "b": 2}, size=(8, 8))
+    out = tmp_path / "run"
+    data = f"--dataset folder --preset small --data {tree} --out {out}"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2, signal.SIGTERM)
+        cm.main(f"{REPLAY} {data}".split())
+    (tree / "a" / "0.png").unlink()
+    before = snapshot(out)
+    with pytest.raises(SystemExit) as stopped:
+        cm.main(f"--out {out} --resume".split())
+    assert stopped.value.code == 2 and "other class counts" in capsys.readouterr().err
+    assert snapshot(out) == before
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as stopped:
+        cm.main(f"{REPLAY} --out {tmp_path / 'run'}".split())
+    assert stopped.value.code == 2 and "divisible by the 3 processes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, no_pictures, monkeypatch):
+    make_unet, calls = cm.make_unet, []
+
+    def broken(*args):
+        unet = make_unet(*args)
+
+        def at_the_fourth(gradient):
+            calls.append(1)
+            return gradient * (math.inf if len(calls) == 4 else 1)
+        unet.time_embedding[0].bias.register_hook(at_the_fourth)
+        return unet
+    monkeypatch.setattr(cm, "make_unet", broken)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        cm.main(f"{REPLAY} --out {out} --checkpoint-every 1".split())
+    assert "gradient is not finite at step 4; base loss in this batch: " in str(stopped.value)
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert [row["step"] for row in csv.DictReader((out / "log.csv").open())] == ["3"]
+
+
 # Sampling by the command line: each option against a call of `sample`
 
 
