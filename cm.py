@@ -1508,10 +1508,12 @@ def draw_curves(log, data, config, path):
     for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
         for i, k in enumerate(shown):
             colour = matplotlib.colormaps["viridis"](i / max(1, len(shown) - 1))
-            axis.plot(steps, [float(r[f"{kind}_{k}"]) for r in rows], lw=1, color=colour,
+            axis.plot(steps, np.array([float(r[f"{kind}_{k}"]) for r in rows]), lw=1, color=colour,
                       marker="." if len(rows) < 3 else "",
                       label=f"{data.names[k]} ({int(data.counts[k])})")
-        axis.set(title=title, xlabel="step", yscale="log")
+        axis.set(title=title, xlabel="step")
+        if any((line.get_ydata() > 0).any() for line in axis.lines):  # d is 0 while BA is
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5),
                     title="class (count)", title_fontsize=7)
