@@ -2231,17 +2231,74 @@ def test_theory_exits_with_1_where_a_formula_is_wrong(monkeypatch, capsys):
 # README
 
 
-def test_readme_links_lead_to_the_equations():
+README = (HERE / "README.md").read_text()
+
+
+def test_readme_links_lead_to_the_lines_they_name():
+    """Equations and functions alike: the line that a link names holds what its text says."""
     lines = (HERE / "cm.py").read_text().splitlines()
-    links = re.findall(r"\[[^\]]*Eq\. \((\d)\)[^\]]*\]\(cm\.py#L(\d+)\)", (HERE / "README.md").read_text())
-    assert {n for n, _ in links} == {"1", "2", "3", "4"}
-    for n, line in links:
-        assert f"Eq. ({n})" in lines[int(line) - 1], (n, line)
+    links = re.findall(r"\[([^\]]*)\]\(cm\.py#L(\d+)\)", README)
+    says = {"Eq. (1)": "# Eq. (1)", "Eq. (2)": "# Eq. (2)", "Eq. (3)": "# Eq. (3)", "Eq. (4)": "# Eq. (4)",
+            "losses of one batch": "def forward(self, x0, y, t, eps, y_in):", "step": "def update(",
+            "DDIM": "def ddim("}
+    assert {text for text, _ in links} == set(says)
+    for text, line in links:
+        assert says[text] in lines[int(line) - 1], (text, line)
+    for target in re.findall(r"\]\((?!cm\.py#|http|#)([^)]+)\)", README) + re.findall(r'src="([^"]+)"', README):
+        assert (HERE / target).exists(), target
 
 
-def test_readme_names_every_flag_it_shows():
-    flags = {"--" + f.replace("_", "-") for f in cm.Config.__dataclass_fields__} | {"--help"}
-    shown = set(re.findall(r"python cm\.py[^\n`|]*", (HERE / "README.md").read_text()))
+def test_readme_is_one_lesson():
+    assert len(README.splitlines()) <= 200 and "@@" not in README and "design.md" not in README
+
+
+def test_readme_commands_parse():
+    """Every cm.py command that it shows is one that the parser takes and `resolved` accepts."""
+    shown = set(re.findall(r"(?:python|torchrun --nproc-per-node 4) cm\.py[^\n`|*]*", README))
+    assert len(shown) > 12
     for line in shown:
-        for flag in re.findall(r"--[a-z][a-z-]*", line):
-            assert flag in flags, line
+        words = re.sub(r"\(.*|\.\.\.|#.*|,$", "", line.split("cm.py", 1)[1]).split()
+        if words != ["--help"]:
+            cm.parse(words)[0].resolved()
+    for line in re.findall(r"python fid\.py ([^\n`|]*)", README):
+        assert re.fullmatch(r"\S+ --dataset \w+", line), line
+
+
+def test_readme_flags_are_options():
+    known = {"--" + f.replace("_", "-") for f in cm.Config.__dataclass_fields__}
+    others = {"--help", "--nproc-per-node", "--features", "--table", "--summary", "--rows"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known | others
+
+
+def test_readme_training_step_runs_as_printed():
+    """CM in someone's own network: the first two steps, as the README prints them."""
+    code = re.search(r"## CM in your own network.*?```python\n(.*?)```", README, re.S)[1]
+    assert 10 <= len([line for line in code.splitlines() if line.strip()]) <= 14
+    torch.manual_seed(0)
+    net = cm.UNet(4, 1, 8, 8, (1, 2), 1, (4,), dropout=0.5)
+    x0, y, t, eps = batch()
+    names = dict(cm=cm, torch=torch, net=net, counts=[40, 9, 4, 1], x0=x0, y=y, t=t, eps=eps,
+                 alpha_bar=cm.make_alpha_bar())
+    exec(code, names)
+    assert names["loss_cm"].abs().max() == 0  # BA = 0, and the same masks
+    before, step = names["loss"], code.split("# Eq. (3)\n")[1]
+    for _ in range(3):
+        exec(step, names)
+    assert names["loss_cm"].abs().max() > 0 and names["loss"] != before
+    assert not cm.reserved_layers(names["plain"]) and cm.reserved_layers(net)
+
+
+def test_readme_shows_the_studys_summary_as_its_command_prints_it(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tabulate")
+    from experiments import study
+    monkeypatch.chdir(HERE)
+    command = re.search(r"python -m experiments\.study (--table --summary --rows\s+\S+csv)", README)[1]
+    study.main([*command.split(), "--assets", str(tmp_path)])
+    table = capsys.readouterr().out.split("\n\n", 1)[1].strip()
+    assert table in README and table.count("\n") == 7
+
+
+def test_ruff_is_clean():
+    ruff = pytest.importorskip("ruff")
+    done = subprocess.run([ruff.find_ruff_bin(), "check", HERE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

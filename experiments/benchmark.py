@@ -1,6 +1,6 @@
 """Speed and memory, as ratios of two ways to do a thing within one run: B's time over A's.
 
-    python -m experiments.benchmark                                    # ten minutes on two cores
+    python -m experiments.benchmark                                    # 20 minutes on two cores
     python -m experiments.benchmark --preset small --batch-size 32     # the CPU-sized network
 
 It needs diffusers and torch-fidelity (pip install). Rows: a training step (forward and backward) of
@@ -31,6 +31,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def seconds(function):
+    if DEVICE == "cuda":  # or what was queued before is counted, too
+        torch.cuda.synchronize()
     start = time.perf_counter()
     function()
     if DEVICE == "cuda":
@@ -96,7 +98,7 @@ class Network:
         self.t = torch.randint(cm.T, (batch_size,), generator=g).to(DEVICE)
 
     def to_device(self, network):
-        return network.to(DEVICE, memory_format=torch.channels_last)
+        return cm.lay_out(network, torch.device(DEVICE))
 
     def plain_loss(self):
         return self.plain_losses(self.x0, self.y, self.t, self.eps, self.y)[0]
@@ -155,15 +157,17 @@ def network_rows(preset, batch_size, repeats):
     print("kept for backward: " + ", ".join(f"{name} {mb:.0f} MB ({mb / memory['plain']:.2f} ×)"
                                             for name, mb in memory.items()))
 
-    rows = [compare(f"{name} step over plain step", plain_step, step(losses[name]), repeats)
+    rows = [compare(f"{name} step over plain step, batch {batch_size}", plain_step,
+                    step(losses[name]), repeats)
             for name in ("CM", "CM with two full passes")]
     merged = cm.merge(network.reserved)
-    rows.append(compare("predicting with the merged network over the plain one",
+    rows.append(compare(f"predicting, merged over plain network, batch {batch_size}",
                         lambda: network.predict(plain), lambda: network.predict(merged),
                         3 * repeats))
     if preset == "paper":
         peer = network.to_device(diffusers_unet())
-        rows.append(compare(f"diffusers' UNet2DModel ({millions(peer)}) over the plain step",
+        rows.append(compare(f"diffusers' UNet2DModel ({millions(peer)}) over plain step, "
+                            f"batch {batch_size}",
                             plain_step, step(lambda: network.loss_of(peer)), repeats))
     return rows + (gpu_rows(network, repeats) if DEVICE == "cuda" else [])
 
@@ -277,13 +281,14 @@ def inception_row(repeats):
 
 def main(argv=None):
     parser = common.parser("benchmark", __doc__, rows=False)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--size", type=int, default=10_000, help="features a set")
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--preset", choices=list(cm.PRESETS), default="paper", help="the network")
-    parser.add_argument("--batch-size", type=int, default=64 if DEVICE == "cuda" else 4)
+    parser.add_argument("--batch-size", type=int, nargs="+",
+                        default=[64] if DEVICE == "cuda" else [16, 4, 2])
     args = parser.parse_args(argv)
-    if min(args.repeats, args.size, args.dim, args.batch_size) < 1:
+    if min(args.repeats, args.size, args.dim, *args.batch_size) < 1:
         cm.fail("--repeats, --size, --dim and --batch-size must be at least 1")
     try:  # a missing peer is said before minutes of measuring
         import diffusers  # noqa: F401
@@ -293,7 +298,10 @@ def main(argv=None):
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
           f"medians of {args.repeats}, of sampling of {3 * args.repeats}")
-    rows = [*network_rows(args.preset, args.batch_size, args.repeats), theory_row(args.repeats)]
+    rows = []
+    for batch_size in args.batch_size:
+        rows += network_rows(args.preset, batch_size, args.repeats)
+    rows.append(theory_row(args.repeats))
     print("\n" + common.markdown(rows))
     print(f"\ntorch-fidelity {torch_fidelity.__version__} (B) over ours (A)\n")
     rows = metric_rows(args.size, args.dim, args.repeats)
