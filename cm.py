@@ -11,8 +11,8 @@
 The method comes first: Eq. (1) capacity reservation, Eqs. (3) and (2) the loss, the diffusion
 process, base losses, Eq. (4) and one training step, sampling. What every diffusion code base has
 comes after: UNet, data, training loop, the end of a run, options. Equations, sections and tables
-are numbered as in the paper. Class labels are 0..C-1 in the data set's own order; `alpha_bar[t]` is
-indexed t = 0..T-1, T = 1000.
+are numbered as in the paper. C is the number of channels in [B, C, H, W], else of classes; labels
+are 0..C-1 in the data set's own order; `alpha_bar[t]` is indexed t = 0..T-1, T = 1000.
 """
 
 import argparse
@@ -55,9 +55,10 @@ T = 1000  # diffusion steps (Sec. G.1)
 class LowRankReserved(nn.Module):
     """A Conv2d or Linear whose weight is W_g + BA, or W_g alone inside `general_only` (Eq. 1).
 
-    `layer` holds W_g (and the bias). B [d, r] starts at zero and A [r, k] as in LoRA, so training
-    starts from the plain layer; a convolution's weight counts as d x k, k = in_channels * kh * kw.
-    `weight` and `bias` can be read as on the plain layer."""
+    `layer` holds W_g (and the bias). B [d, r] starts at zero and A [r, k] at random, as in LoRA, so
+    training starts from the plain layer; unlike LoRA's, W_g is trained too, and BA has no factor.
+    A convolution's weight counts as d x k with k = in_channels * kh * kw. `weight` and `bias` can
+    be read as on the plain layer."""
 
     def __init__(self, layer, rank):
         super().__init__()
@@ -114,8 +115,8 @@ def reserve_capacity(module, rank_ratio=0.1):
 def replace_modules(module, new):
     """`module` with each submodule that is a key of `new` replaced, wherever it is used."""
     for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if child in new and parent is not new[child]:
+        for name, child in list(parent._modules.items()):  # named_children leaves out repeats
+            if child in new:
                 setattr(parent, name, new[child])
     return new.get(module, module)
 
@@ -224,7 +225,8 @@ def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
     distance = torch.cdist((x_t / signal_scale).flatten(1), x0.flatten(1),
                            compute_mode="donot_use_mm_for_euclid_dist").square()  # [B, B]
     logits = -distance / (2 * (noise_scale / signal_scale).square().flatten(1))  # Eq. (D.4)
-    # one draw a row, as torch.multinomial makes it, without its check that a GPU would wait for
+    # argmax of p / Exp(1) is a draw from p; torch.multinomial, the same, has a check that a GPU
+    # would wait for
     race = torch.empty_like(logits).exponential_(generator=generator)
     ref = (logits.softmax(1) / race).argmax(1)
     transfer = (counts[y[ref]] >= counts[y])[:, None, None, None]
@@ -235,14 +237,17 @@ def cbdm_pull(eps_theta, eps_other, t, y_in):
     """Class-Balancing Diffusion (CBDM, Qin et al. 2023): predictions for y and for another class y'
     are pulled together, so that rare classes share what frequent ones know.
 
-    What Eq. (D.1) adds to the base loss [B], tau = 1, gamma = 1/4; nothing where y is dropped."""
+    What Eq. (D.1) adds to the base loss [B]: its weight is t / T (tau = 1), first eps_other is held
+    fixed, then, with gamma = 1/4, eps_theta; nothing where y is dropped."""
     pull = squared_distance(eps_theta, eps_other.detach())
     pull = pull + 0.25 * squared_distance(eps_theta.detach(), eps_other)
     return t / T * pull * (y_in >= 0)
 
 
 def focal(base):
-    """Focal loss (Lin et al. 2017), gamma = 1: samples [B] with a large loss count for more."""
+    """Focal loss (Lin et al. 2017), gamma = 1: samples [B] with a large loss count for more.
+
+    A classifier's loss is -log p; here exp(-loss) stands in for p (Sec. 4.1's baseline)."""
     return (1 - torch.exp(-base)) * base
 
 
@@ -254,7 +259,8 @@ def same_masks(x):
     """Inside, dropout draws its masks as usual; on leaving, the generator goes back where it was.
 
     So the pass that follows draws the masks of the pass inside again. With masks of their own,
-    theta and theta_g would differ (d > 0) even where BA = 0: L_CM would train on that noise."""
+    theta and theta_g would differ (d > 0) even where BA = 0: L_CM would train on that noise.
+    fork_rng always brings back the CPU's generator; the list adds a GPU's."""
     devices = [x.device.index or 0] if x.device.type == "cuda" else []
     return torch.random.fork_rng(devices, device_type="cuda")
 
@@ -310,6 +316,7 @@ class CapacityManipulation(nn.Module):
             base = focal(base)
         if config.no_cm:
             return base.mean(), base, torch.zeros_like(base), torch.zeros_like(base)
+        # weighed by the true class, also where the label is dropped
         loss_cm = capacity_loss(eps_theta, eps_theta_g, self.omega_con[y], self.omega_div[y],
                                 config.div_margin)
         total = base.mean() + config.lam * loss_cm.mean()  # Eq. (4)
@@ -326,7 +333,8 @@ class CapacityManipulation(nn.Module):
 def update(loss, parameters, ema_parameters, optimizer, scaler, decay):
     """One step down the gradient of `loss` [], clipped to norm 1; then the moving average (EMA).
 
-    The EMA averages W_g, A and B; merging comes after. `scaler` is float16's, else it does nothing.
+    The EMA, of the given decay, averages W_g, A and B each, so that it can still be split into
+    theta and theta_g; merging comes after. `scaler` is float16's, else it does nothing.
     -> the gradient's norm before clipping, []."""
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -350,7 +358,7 @@ def steps_of(alpha_bar, times):
 
 def ddim(predict, x, alpha_bar, steps=50):
     """Deterministic sampling (Song et al. 2021a, eta = 0) from noise x [B, C, H, W]."""
-    times = [i * (T // steps) for i in reversed(range(steps))]
+    times = [i * T // steps for i in reversed(range(steps))]
     for t, a, a_next in steps_of(alpha_bar, times):
         eps = predict(x, t)
         x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
@@ -360,7 +368,7 @@ def ddim(predict, x, alpha_bar, steps=50):
 
 def ddpm(predict, x, alpha_bar, steps=T, noise=None):
     """Ancestral sampling (Algorithm C.1, sigma_t^2 = beta_t); noise() gives z of x's shape."""
-    times = [i * (T // steps) for i in reversed(range(steps))]
+    times = [i * T // steps for i in reversed(range(steps))]
     for t, a, a_next in steps_of(alpha_bar, times):
         beta = 1 - a / a_next
         x = (x - beta / math.sqrt(1 - a) * predict(x, t)) / math.sqrt(1 - beta)
@@ -373,18 +381,18 @@ def dpm(predict, x, alpha_bar, steps=15):
     """DPM-Solver++ 2M (Lu et al. 2022b): x_0 is extrapolated from the last two predictions."""
     times = np.linspace(0, T - 1, steps + 1).round().astype(int).tolist()
     times = list(reversed(times[1:]))
-    x0_last = h_last = None
+    x0_last = step_last = None
     for t, a, a_next in steps_of(alpha_bar, times):
         x0 = (x - math.sqrt(1 - a) * predict(x, t)) / math.sqrt(a)
         if a_next == 1:
             return x0
-        h = 0.5 * math.log(a_next / (1 - a_next) * (1 - a) / a)  # step in log(signal / noise)
+        log_snr_step = 0.5 * math.log(a_next / (1 - a_next) * (1 - a) / a)
         x0_ahead = x0
         if x0_last is not None:
-            x0_ahead = x0 + (x0 - x0_last) * h / (2 * h_last)
+            x0_ahead = x0 + (x0 - x0_last) * log_snr_step / (2 * step_last)
         eps = (x - math.sqrt(a) * x0_ahead) / math.sqrt(1 - a)
         x = math.sqrt(a_next) * x0_ahead + math.sqrt(1 - a_next) * eps
-        x0_last, h_last = x0, h
+        x0_last, step_last = x0, log_snr_step
 
 
 def sampler_steps(sampler, steps=None):
@@ -393,10 +401,9 @@ def sampler_steps(sampler, steps=None):
         raise ValueError(f"unknown sampler {sampler!r}; choose ddim, ddpm or dpm")
     if steps is None:
         return {"ddim": 50, "ddpm": T, "dpm": 15}[sampler]
-    if sampler == "dpm" and not 1 <= steps < T:  # from T on a time stands twice in the grid
-        raise ValueError(f"--sample-steps is {steps}; dpm takes 1 to {T - 1}")
-    if sampler != "dpm" and not (1 <= steps <= T // 2 or steps == T):  # else it starts far below T
-        raise ValueError(f"--sample-steps is {steps}; {sampler} takes 1 to {T // 2}, or {T}")
+    most = T - 1 if sampler == "dpm" else T  # with T dpm's grid would hold a time twice
+    if not 1 <= steps <= most:
+        raise ValueError(f"--sample-steps is {steps}; {sampler} takes 1 to {most}")
     return steps
 
 
@@ -433,7 +440,7 @@ def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0,
         x = dpm(predict, noise(), alpha_bar, steps)
     if was_training:
         model.train()
-    x = torch.where(x.isfinite(), x, torch.nan)  # clamped, an infinite pixel would look like one
+    x = torch.where(x.isfinite(), x, torch.nan)  # clamp would make of inf a pixel like any other
     return x.clamp(-1, 1)
 
 
@@ -1478,7 +1485,7 @@ def draw_panels(panels, names, path):
     from matplotlib.figure import Figure
     rows = len(names)
     columns = len(next(iter(panels.values()))) // rows
-    figure = Figure(figsize=(1.6 + 0.42 * columns * len(panels), 0.42 * rows + 0.5),
+    figure = Figure(figsize=(1.6 + 0.42 * columns * len(panels), 0.42 * rows + 0.7),
                     layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
@@ -1610,8 +1617,8 @@ class Config:
         "data", None, "horizontal flips [default: yes; fashion: no, its shoes all point one way]")
 
     preset: str = option(
-        "network", None, "CPU-sized, or the paper's (Sec. G.1) [default: small for shapes and "
-        "fashion, else paper]", choices=list(PRESETS))
+        "network", None, "the paper's (Sec. G.1), or small, for a CPU [default: small for shapes "
+        "and fashion, else paper]", choices=list(PRESETS))
     image_size: int = option("network", None, "side of the square images, in pixels")
     channels: int = option("network", None, "width of the first level")
     multipliers: tuple = option(
@@ -1656,7 +1663,8 @@ class Config:
     out: str = option(
         "run", None, "run directory, or the .npz that --sample writes [default: runs/DATASET; "
         "samples.npz beside the checkpoint]")
-    resume: bool = option("run", False, "go on from --out's checkpoint; only --steps may change")
+    resume: bool = option(
+        "run", False, "go on from --out's checkpoint; --steps and --device may change")
     overwrite: bool = option("run", False, "write into a directory that is in use")
     checkpoint_every: int = option("run", None, "steps between checkpoints")
     log_every: int = option("run", None, "steps between rows of log.csv")

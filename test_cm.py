@@ -1,4 +1,4 @@
-"""Tests. Peers (diffusers, torch-fidelity) are compared with where they are installed: see README, Tests."""
+"""Tests. Peers (diffusers, torch-fidelity) are compared with where they are installed (README)."""
 
 import contextlib
 import csv
@@ -27,8 +27,11 @@ import theory
 
 HERE = Path(__file__).parent
 TINY = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(), image_size=8, batch_size=8)
-TINY_FLAGS = ("--channels 8 --multipliers 1 2 --blocks 1 --attention 4 --image-size 8 --batch-size 8 "
-              "--checkpoint-every 5 --log-every 4").split()
+# fmt: off
+TINY_FLAGS = [
+    "--channels", "8", "--multipliers", "1", "2", "--blocks", "1", "--attention", "4",
+    "--image-size", "8", "--batch-size", "8", "--checkpoint-every", "5", "--log-every", "4"]
+# fmt: on
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -65,11 +68,16 @@ def batch(n=6, num_classes=4, seed=1, dtype=torch.float32):
 def command(*args, **kw):
     """Run cm.py on one thread, as a user would."""
     kw.setdefault("timeout", 300)
-    return subprocess.run([sys.executable, str(HERE / "cm.py"), *map(str, args)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, **kw)
+    return subprocess.run(
+        [sys.executable, str(HERE / "cm.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        **kw,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -93,13 +101,19 @@ def test_long_tail_indices_follow_the_published_procedure():
     few = cm.long_tail_indices(labels, 20, n_max=30)  # the same order, fewer of each
     for c in range(10):
         own, fewer = (i[labels[i] == c] for i in (np.array(expected), few))
-        assert len(fewer) == int(30 * 0.05 ** (c / 9.0)) and fewer.tolist() == own[:len(fewer)].tolist()
+        assert (
+            len(fewer) == int(30 * 0.05 ** (c / 9.0))
+            and fewer.tolist() == own[: len(fewer)].tolist()
+        )
     assert np.bincount(labels[cm.long_tail_indices(labels, 1, n_max=7)]).tolist() == [7] * 10
     uneven = np.repeat([0, 1, 2], [50, 30, 40])
     assert np.bincount(uneven[cm.long_tail_indices(uneven, 10)]).tolist() == [30, 9, 3]
 
 
-@pytest.mark.parametrize("num_classes, sizes", [(10, [3, 3, 4]), (100, [33, 33, 34]), (2, [1, 1]), (8142, [2714] * 3), (4, [1, 1, 2])])
+@pytest.mark.parametrize(
+    "num_classes, sizes",
+    [(10, [3, 3, 4]), (100, [33, 33, 34]), (2, [1, 1]), (8142, [2714] * 3), (4, [1, 1, 2])],
+)
 def test_splits(num_classes, sizes):
     counts = np.random.RandomState(0).permutation(np.arange(num_classes) + 1)  # in no order
     parts = cm.splits(counts)
@@ -115,14 +129,17 @@ def test_shapes_are_seeded_varied_and_told_apart():
     assert (images != cm.draw_shapes(40, 16, seed=1)[0]).any()
     assert len(np.unique(images.reshape(400, -1), axis=0)) == 400  # no image twice
     x = np.linspace(-1.5, 1.5, 301)
-    for shape in cm.SHAPES:  # a true signed distance changes by at most the step between points; inside and outside exist
+    # a true signed distance changes by at most the step between points; inside and outside exist
+    for shape in cm.SHAPES:
         d = cm.signed_distance(shape, *np.meshgrid(x, x))
         assert d.min() < -0.1 and (d[[0, -1]] > 0).all() and (d[:, [0, -1]] > 0).all(), shape
         assert abs(np.diff(d)).max() < 0.0101, shape
 
 
 def write_idx(path, array, zipped):
-    raw = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    raw = (
+        b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    )
     (gzip.open if zipped else open)(str(path) + (".gz" if zipped else ""), "wb").write(raw)
 
 
@@ -132,8 +149,16 @@ def fashion(tmp_path):
     rng, root = np.random.RandomState(0), tmp_path / "fashion"
     root.mkdir()
     for stem, n in (("train", 40), ("t10k", 4)):
-        write_idx(root / f"{stem}-images-idx3-ubyte", rng.randint(0, 256, (10 * n, 28, 28)).astype(np.uint8), stem == "train")
-        write_idx(root / f"{stem}-labels-idx1-ubyte", np.tile(np.arange(10, dtype=np.uint8), n), stem != "train")
+        write_idx(
+            root / f"{stem}-images-idx3-ubyte",
+            rng.randint(0, 256, (10 * n, 28, 28)).astype(np.uint8),
+            stem == "train",
+        )
+        write_idx(
+            root / f"{stem}-labels-idx1-ubyte",
+            np.tile(np.arange(10, dtype=np.uint8), n),
+            stem != "train",
+        )
     return root
 
 
@@ -144,22 +169,34 @@ def test_fashion_is_read_padded_and_pooled(fashion):
     with gzip.open(fashion / "train-images-idx3-ubyte.gz") as f:
         (fashion / "plain").write_bytes(f.read())
     expected = F.pad(raw(str(fashion / "plain")), (2, 2, 2, 2))
-    assert (full[..., 0] == expected.numpy()).all() and labels[:12].tolist() == [*range(10), 0, 1] and len(names) == 10
+    assert (
+        (full[..., 0] == expected.numpy()).all()
+        and labels[:12].tolist() == [*range(10), 0, 1]
+        and len(names) == 10
+    )
     pooled = F.avg_pool2d(expected[:, None].float(), 2)[:, 0].numpy()
     assert half.shape == (400, 16, 16, 1) and abs(half[..., 0] - pooled).max() <= 0.5
     assert len(cm.load_dataset("fashion", fashion, 32, train=False)[0]) == 40
 
 
-@pytest.mark.parametrize("name, files, key", [("cifar10", ["data_batch_1"], b"labels"), ("cifar100", ["train"], b"fine_labels")])
+@pytest.mark.parametrize(
+    "name, files, key",
+    [("cifar10", ["data_batch_1"], b"labels"), ("cifar100", ["train"], b"fine_labels")],
+)
 def test_cifar_is_read_from_files_in_its_own_format(tmp_path, monkeypatch, name, files, key):
     cls = getattr(torchvision.datasets, name.upper())
     folder, classes = tmp_path / cls.base_folder, int(name[5:])
     folder.mkdir()
     data = np.random.RandomState(0).randint(0, 256, (2 * classes, 3072)).astype(np.uint8)
     for file in files:
-        (folder / file).write_bytes(pickle.dumps({"data": data, key.decode(): list(range(classes)) * 2}))
-    (folder / cls.meta["filename"]).write_bytes(pickle.dumps({cls.meta["key"]: [f"c{i}" for i in range(classes)]}))
+        (folder / file).write_bytes(
+            pickle.dumps({"data": data, key.decode(): list(range(classes)) * 2})
+        )
+    (folder / cls.meta["filename"]).write_bytes(
+        pickle.dumps({cls.meta["key"]: [f"c{i}" for i in range(classes)]})
+    )
     import hashlib
+
     md5 = lambda f: hashlib.md5((folder / f).read_bytes()).hexdigest()
     monkeypatch.setattr(cls, "train_list", [[f, md5(f)] for f in files])
     monkeypatch.setattr(cls, "test_list", [])
@@ -171,11 +208,14 @@ def test_cifar_is_read_from_files_in_its_own_format(tmp_path, monkeypatch, name,
 
 def make_tree(root, counts, size=(20, 12), seed=0):
     from PIL import Image
+
     rng = np.random.RandomState(seed)
     for name, n in counts.items():
         (root / name).mkdir(parents=True)
         for i in range(n):
-            Image.fromarray(rng.randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)).save(root / name / f"{i}.png")
+            Image.fromarray(rng.randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)).save(
+                root / name / f"{i}.png"
+            )
     return root
 
 
@@ -184,12 +224,20 @@ def test_folder_is_decoded_once_and_keeps_its_counts_in_any_order(tmp_path, monk
     make_tree(tree / "val", {"bee": 2})
     c = config(dataset="folder", data=str(tree), preset="small")
     data = cm.Data(c)
-    assert data.counts.tolist() == [3, 9, 1] and data.images.shape == (13, 3, 8, 8) and data.names == ["ant", "bee", "cat"]
+    assert (
+        data.counts.tolist() == [3, 9, 1]
+        and data.images.shape == (13, 3, 8, 8)
+        and data.names == ["ant", "bee", "cat"]
+    )
     assert data.held_out_labels.tolist() == [1, 1] and data.held_out_name == "held-out"
-    monkeypatch.setattr(torchvision.datasets.folder, "pil_loader", lambda f: pytest.fail("decoded twice"))
+    monkeypatch.setattr(
+        torchvision.datasets.folder, "pil_loader", lambda f: pytest.fail("decoded twice")
+    )
     assert (cm.Data(c).images == data.images).all()
     monkeypatch.undo()
-    (tree / "cat" / "0.png").write_bytes((tree / "ant" / "0.png").read_bytes())  # a changed file is seen
+    (tree / "cat" / "0.png").write_bytes(
+        (tree / "ant" / "0.png").read_bytes()
+    )  # a changed file is seen
     assert (cm.Data(c).images[12] == data.images[0]).all()
 
 
@@ -198,22 +246,36 @@ def test_folder_with_train_and_without_val(tmp_path):
     data = cm.Data(config(dataset="folder", data=str(tmp_path / "t"), preset="small"))
     assert data.names == ["a", "b"] and data.held_out_name == "TRAINING images"
     from PIL import Image
-    assert (data.images[0].permute(1, 2, 0).numpy() == np.asarray(Image.open(tmp_path / "t/train/a/0.png"))).all()
+
+    assert (
+        data.images[0].permute(1, 2, 0).numpy()
+        == np.asarray(Image.open(tmp_path / "t/train/a/0.png"))
+    ).all()
 
 
 def test_seeds_of_any_size_steps_processes_and_purposes_are_unrelated():
-    keys = [(p, s, i, r) for p in ("batch", "image") for s in (0, 1, 2**31, 2**32, 2**32 + 1, 2**63 - 1)
-            for i in (0, 1, 2**32) for r in (0, 1)]
+    keys = [
+        (p, s, i, r)
+        for p in ("batch", "image")
+        for s in (0, 1, 2**31, 2**32, 2**32 + 1, 2**63 - 1)
+        for i in (0, 1, 2**32)
+        for r in (0, 1)
+    ]
     seeds = [cm.hashed_seed(*k) for k in keys]
-    assert len({s % 2**32 for s in seeds}) == len(keys)  # the low 32 bits are what the CPU's generator keeps
+    assert len({s % 2**32 for s in seeds}) == len(
+        keys
+    )  # the low 32 bits are what the CPU's generator keeps
     assert cm.hashed_seed("batch", 5, 7, 1) == cm.hashed_seed("batch", 5, 7, 1)
     data, drawn = cm.Data(config(dataset="shapes")), []
     for seed, step, rank in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), (2**32, 0, 0)):
         drawn.append(cm.draw_batch(data, config(dataset="shapes", seed=seed), 32, step, rank))
     for i, a in enumerate(drawn):
         for b in drawn[:i]:
-            assert all((x != y).any() for x, y in zip(a, b))
-    assert all(torch.equal(x, y) for x, y in zip(drawn[1], cm.draw_batch(data, config(dataset="shapes"), 32, 1)))
+            assert all((x != y).any() for x, y in zip(a, b, strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(drawn[1], cm.draw_batch(data, config(dataset="shapes"), 32, 1), strict=True)
+    )
 
 
 def test_batches_are_drawn_by_frequency_to_the_power_q():
@@ -226,20 +288,27 @@ def test_batches_are_drawn_by_frequency_to_the_power_q():
         assert (observed - expected).abs().max() < 4 * math.sqrt(0.25 / len(y))
     assert x.shape == (20_000, 3, 8, 8) and x.min() >= -1 and x.max() <= 1
     rows = cm.to_uint8(x[:50])
-    for image, label in zip(rows, y[:50]):  # each image is one of its class's, maybe flipped
+    for image, label in zip(rows, y[:50], strict=True):  # one of its class's, maybe flipped
         own = data.images[data.labels == label]
-        assert (own == image).flatten(1).all(1).any() or (own.flip(3) == image).flatten(1).all(1).any()
+        assert (own == image).flatten(1).all(1).any() or (own.flip(3) == image).flatten(1).all(
+            1
+        ).any()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Network and capacity reservation
 
 
 def test_paper_network_has_the_papers_size_and_the_step_costs_1_73():
     from torch.utils.flop_counter import FlopCounterMode
+
     unet = cm.UNet(10)
     assert abs(sum(p.numel() for p in unet.parameters()) - 35.75e6) < 0.02e6
-    x, t, y = torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    x, t, y = (
+        torch.randn(1, 3, 32, 32),
+        torch.zeros(1, dtype=torch.long),
+        torch.zeros(1, dtype=torch.long),
+    )
     with torch.no_grad(), FlopCounterMode(display=False) as encoder:
         h = unet.encode(x, t, y)
     with torch.no_grad(), FlopCounterMode(display=False) as decoder:
@@ -265,9 +334,15 @@ def test_network_takes_any_size_on_its_stride_labels_or_none_and_an_extra_embedd
 def test_a_dropped_label_adds_nothing():
     unet = tiny_unet()
     x0, y, t, _ = batch()
-    none, dropped, some = unet(x0, t), unet(x0, t, torch.full_like(y, -1)), unet(x0, t, torch.where(y == 1, -1, y))
+    none, dropped, some = (
+        unet(x0, t),
+        unet(x0, t, torch.full_like(y, -1)),
+        unet(x0, t, torch.where(y == 1, -1, y)),
+    )
     assert torch.allclose(none, dropped, atol=1e-6)
-    assert torch.allclose(some[y == 1], none[y == 1], atol=1e-6) and not torch.allclose(some[y != 1], none[y != 1], atol=1e-3)
+    assert torch.allclose(some[y == 1], none[y == 1], atol=1e-6) and not torch.allclose(
+        some[y != 1], none[y != 1], atol=1e-3
+    )
 
 
 def test_at_the_start_theta_and_theta_g_are_the_plain_network_and_d_is_zero_under_dropout():
@@ -296,13 +371,19 @@ def test_at_the_start_theta_and_theta_g_are_the_plain_network_and_d_is_zero_unde
 def test_decoder_alone_is_factorised_with_the_papers_ranks():
     unet = cm.make_unet(cm.Config(dataset="cifar10").resolved(), 10, 3)
     reserved = {n: m for n, m in unet.named_modules() if isinstance(m, cm.LowRankReserved)}
-    whole = [n for n, m in unet.decoder.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and not n.endswith(".layer")]
+    whole = [
+        n
+        for n, m in unet.decoder.named_modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear)) and not n.endswith(".layer")
+    ]
     assert whole == [f"{len(unet.decoder) - 1}.2"]  # to three channels: int(0.1 * 3) = 0
     assert all(n.startswith("decoder.") for n in reserved) and len(reserved) > 50
     for m in reserved.values():
         d, k = m.layer.weight.flatten(1).shape
         assert m.B.shape == (d, int(0.1 * min(d, k))) and m.A.shape == (int(0.1 * min(d, k)), k)
-        assert (m.B == 0).all() and 0 < m.A.abs().max() <= math.sqrt(1 / k) + 1e-6  # LoRA: uniform within 1/sqrt(k)
+        assert (m.B == 0).all() and 0 < m.A.abs().max() <= math.sqrt(
+            1 / k
+        ) + 1e-6  # LoRA: uniform within 1/sqrt(k)
 
 
 def test_merged_is_a_plain_network_that_computes_the_same():
@@ -317,28 +398,33 @@ def test_merged_is_a_plain_network_that_computes_the_same():
     assert torch.allclose(plain(x0, t, y), full, atol=1e-5)
     with cm.general_only(unet):
         general, merged_g = unet(x0, t, y), cm.merge(unet)
-    assert torch.allclose(merged_g(x0, t, y), general, atol=1e-5) and not torch.allclose(general, full, atol=1e-2)
+    assert torch.allclose(merged_g(x0, t, y), general, atol=1e-5) and not torch.allclose(
+        general, full, atol=1e-2
+    )
     assert torch.equal(unet(x0, t, y), full)  # untouched, and back to theta
 
 
 def test_general_only_nests_and_ends_on_an_exception():
     unet = tiny_unet()
     layer = next(m for m in unet.modules() if isinstance(m, cm.LowRankReserved))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError), cm.general_only(unet):
         with cm.general_only(unet):
-            with cm.general_only(unet):
-                pass
-            assert layer.weight is layer.layer.weight
-            raise RuntimeError
+            pass
+        assert layer.weight is layer.layer.weight
+        raise RuntimeError
     expected = layer.layer.weight.double().flatten(1) + layer.B.double() @ layer.A.double()
     assert torch.allclose(layer.weight.double().flatten(1), expected, atol=1e-6)
 
 
 def test_reserve_capacity_in_any_module_in_three_lines():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 16),
-                        nn.Conv1d(5, 5, 1), nn.Unflatten(1, (5, 1)), nn.Conv2d(5, 10, (1, 3), padding=(0, 1),
-                                                                            padding_mode="circular", groups=5))
+    net = nn.Sequential(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+        nn.Linear(16, 16),
+        nn.Conv1d(5, 5, 1),
+        nn.Unflatten(1, (5, 1)),
+        nn.Conv2d(5, 10, (1, 3), padding=(0, 1), padding_mode="circular", groups=5),
+    )
     x = torch.randn(3, 5, 16)
     before = net.eval()(x)
     # the README's three lines, on a network that isn't ours
@@ -346,11 +432,15 @@ def test_reserve_capacity_in_any_module_in_three_lines():
     with cm.general_only(net):
         general = net(x)
     merged = cm.merge(net)
-    assert torch.allclose(before, general, atol=1e-6) and torch.allclose(merged(x), before, atol=1e-6)
+    assert torch.allclose(before, general, atol=1e-6) and torch.allclose(
+        merged(x), before, atol=1e-6
+    )
     for m in net.modules():
         if isinstance(m, cm.LowRankReserved):
             m.B.data.normal_()
-    assert not torch.allclose(net(x), before, atol=1e-2) and torch.allclose(cm.merge(net)(x), net(x), atol=1e-5)
+    assert not torch.allclose(net(x), before, atol=1e-2) and torch.allclose(
+        cm.merge(net)(x), net(x), atol=1e-5
+    )
     with pytest.raises(ValueError, match="already"):
         cm.reserve_capacity(net)
     for ratio in (0, -1, 1.1):
@@ -359,9 +449,13 @@ def test_reserve_capacity_in_any_module_in_three_lines():
     with pytest.raises(ValueError, match="nothing"):
         cm.reserve_capacity(nn.Linear(4, 4), 0.1)
     assert isinstance(cm.merge(cm.reserve_capacity(nn.Linear(4, 4), 0.5)), nn.Linear)
+    shared = nn.Linear(4, 4)
+    twice = cm.reserve_capacity(nn.Sequential(shared, nn.ReLU(), shared), 0.5)
+    assert twice[0] is twice[2] and isinstance(twice[2], cm.LowRankReserved)
+    assert [type(m) for m in cm.merge(twice)] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eqs. (2), (3), (4)
 
 
@@ -379,7 +473,12 @@ def test_class_weights_are_eq_3():
 
 def test_capacity_loss_is_eq_2_up_to_the_margin_and_flat_beyond():
     eps, w = torch.zeros(4, 1, 2, 2), torch.tensor([2.0, 2.0, 0.5, 0.5])
-    other = torch.tensor([0.1, 3.0, 0.05, 3.0])[:, None, None, None].expand(4, 1, 2, 2).clone().requires_grad_()
+    other = (
+        torch.tensor([0.1, 3.0, 0.05, 3.0])[:, None, None, None]
+        .expand(4, 1, 2, 2)
+        .clone()
+        .requires_grad_()
+    )
     loss = cm.capacity_loss(eps, other, w, torch.ones(4), 0.01)
     assert torch.allclose(loss, torch.tensor([1 * 0.01, 1 * 9.0, -0.5 * 0.0025, -0.5 * 0.01]))
     loss.sum().backward()
@@ -396,12 +495,16 @@ def test_balanced_data_gives_no_capacity_loss():
 
 @pytest.mark.parametrize("terms", [{}, {"no_con": True}, {"no_div": True}])
 def test_gradients_of_the_capacity_loss_against_an_independent_writing(terms):
-    """float64, tiny network, B != 0: two plain networks W_g + BA and W_g, the chain rule to A and B by hand."""
+    """float64, B != 0: two plain networks W_g + BA and W_g, the chain rule to A and B by hand."""
     unet, (x0, y, t, eps) = tiny_unet(dtype=torch.float64), batch(dtype=torch.float64)
     counts, lam = torch.tensor([50, 20, 5, 1]), 1.5
     free = cm.CapacityManipulation(unet, counts, config()).double()(x0, y, t, eps, y)[3]
-    margin = float(free[2:4].mean())  # between the d of the two minority samples: one is clamped, one isn't
-    losses = cm.CapacityManipulation(unet, counts, config(div_margin=margin, lam=lam, **terms)).double()
+    margin = float(
+        free[2:4].mean()
+    )  # between the d of the two minority samples: one is clamped, one isn't
+    losses = cm.CapacityManipulation(
+        unet, counts, config(div_margin=margin, lam=lam, **terms)
+    ).double()
     losses(x0, y, t, eps, y)[0].backward()
 
     theta, general = cm.merge(unet), None
@@ -413,21 +516,40 @@ def test_gradients_of_the_capacity_loss_against_an_independent_writing(terms):
     total, active = 0, []
     for i, k in enumerate(y.tolist()):
         n = counts.double()
-        w = (0 if "no_con" in terms else 4 * n[k] / n.sum()) - (0 if "no_div" in terms else 4 / (n[k] * (1 / n).sum()))
+        w = (0 if "no_con" in terms else 4 * n[k] / n.sum()) - (
+            0 if "no_div" in terms else 4 / (n[k] * (1 / n).sum())
+        )
         d = ((out[i] - out_g[i]) ** 2).sum() / out[i].numel()
         active.append(bool(d < margin))
-        total = total + (((out[i] - eps[i]) ** 2).mean() + lam * w * (d if w >= 0 else min(d, torch.tensor(margin)))) / len(y)
+        total = total + (
+            ((out[i] - eps[i]) ** 2).mean()
+            + lam * w * (d if w >= 0 else min(d, torch.tensor(margin)))
+        ) / len(y)
     assert terms.get("no_div") or (any(active) and not all(active))  # both branches are met
     total.backward()
     reserved = {n: m for n, m in unet.named_modules() if isinstance(m, cm.LowRankReserved)}
     worst = 0.0
     for name, m in reserved.items():
-        g, g_g = theta.get_submodule(name).weight.grad.flatten(1), general.get_submodule(name).weight.grad.flatten(1)
-        for ours, expected in ((m.B.grad, g @ m.A.T), (m.A.grad, m.B.T @ g), (m.layer.weight.grad.flatten(1), g + g_g)):
+        g, g_g = (
+            theta.get_submodule(name).weight.grad.flatten(1),
+            general.get_submodule(name).weight.grad.flatten(1),
+        )
+        for ours, expected in (
+            (m.B.grad, g @ m.A.T),
+            (m.A.grad, m.B.T @ g),
+            (m.layer.weight.grad.flatten(1), g + g_g),
+        ):
             worst = max(worst, float((ours - expected).norm() / expected.norm()))
     assert worst < 1e-5, worst  # omega is float32
-    for (name, p), q, r in zip(unet.encoder.named_parameters(), theta.encoder.parameters(), general.encoder.parameters()):
-        assert torch.allclose(p.grad, q.grad + r.grad, rtol=1e-4, atol=1e-9), name  # one encoder pass = two full ones
+    for (name, p), q, r in zip(
+        unet.encoder.named_parameters(),
+        theta.encoder.parameters(),
+        general.encoder.parameters(),
+        strict=True,
+    ):
+        assert torch.allclose(p.grad, q.grad + r.grad, rtol=1e-4, atol=1e-9), (
+            name
+        )  # one encoder pass = two full ones
 
 
 def test_eq_4_weighs_by_the_true_class_also_where_the_label_is_dropped():
@@ -439,7 +561,7 @@ def test_eq_4_weighs_by_the_true_class_also_where_the_label_is_dropped():
     assert torch.allclose(total, base.mean() + 0.7 * l_cm.mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Base losses
 
 
@@ -447,7 +569,11 @@ def test_oc_target_against_a_double_loop():
     g = torch.Generator().manual_seed(0)
     n, counts = 12, torch.tensor([30, 10, 2])
     x0 = torch.randn(n, 3, 4, 4, generator=g) * 0.1
-    y, t, eps = torch.arange(n) % 3, torch.tensor([0, 5, 50, 100, 200, 300, 400, 500, 600, 700, 900, 999]), torch.randn(n, 3, 4, 4, generator=g)
+    y, t, eps = (
+        torch.arange(n) % 3,
+        torch.tensor([0, 5, 50, 100, 200, 300, 400, 500, 600, 700, 900, 999]),
+        torch.randn(n, 3, 4, 4, generator=g),
+    )
     alpha_bar = cm.make_alpha_bar()
     x_t = cm.add_noise(x0, t, eps, alpha_bar)
     target = cm.oc_target(x0, x_t, t, y, eps, counts, alpha_bar, torch.Generator().manual_seed(7))
@@ -455,7 +581,9 @@ def test_oc_target_against_a_double_loop():
     for i in range(n):
         a = float(alpha_bar[t[i]])
         for j in range(n):  # q(x_t | x_j) is a Gaussian of mean sqrt(a) x_j and variance 1 - a
-            p[i, j] = -float(((x_t[i].double() - math.sqrt(a) * x0[j].double()) ** 2).sum()) / (2 * (1 - a))
+            p[i, j] = -float(((x_t[i].double() - math.sqrt(a) * x0[j].double()) ** 2).sum()) / (
+                2 * (1 - a)
+            )
     p = p.softmax(1)
     ref = torch.multinomial(p.float(), 1, generator=torch.Generator().manual_seed(7))[:, 0].tolist()
     transferred = 0
@@ -465,7 +593,9 @@ def test_oc_target_against_a_double_loop():
         expected = point if counts[y[j]] >= counts[y[i]] else eps[i]
         transferred += j != i and bool(counts[y[j]] >= counts[y[i]])
         assert torch.allclose(target[i], expected, atol=1e-4), i
-    assert 2 <= transferred < n and ref[0] == 0  # some point elsewhere; at t = 0 only the sample itself is likely
+    assert (
+        2 <= transferred < n and ref[0] == 0
+    )  # some point elsewhere; at t = 0 only the sample itself is likely
 
 
 def test_oc_alone_changes_nothing_but_the_target():
@@ -490,7 +620,10 @@ def test_cbdm_against_its_formula_and_its_stop_gradients(no_cm):
     grads = [p.grad.clone() for p in unet.parameters()]
     unet.zero_grad()
     torch.manual_seed(3)
-    x_t, y_other = cm.add_noise(x0, t, eps, losses.alpha_bar), torch.multinomial(torch.ones(4), len(y), replacement=True)
+    x_t, y_other = (
+        cm.add_noise(x0, t, eps, losses.alpha_bar),
+        torch.multinomial(torch.ones(4), len(y), replacement=True),
+    )
     state = torch.get_rng_state()
     own = unet(x_t, t, y_in)
     torch.set_rng_state(state)  # the same masks
@@ -500,18 +633,24 @@ def test_cbdm_against_its_formula_and_its_stop_gradients(no_cm):
     expected = mse(own, eps) + weight * (mse(own, other.detach()) + 0.25 * mse(own.detach(), other))
     assert torch.allclose(base, expected, atol=1e-6) and weight[2] == 0
     expected.mean().backward()
-    for g, p in zip(grads, unet.parameters()):
+    for g, p in zip(grads, unet.parameters(), strict=True):
         assert torch.allclose(g, p.grad, atol=1e-6)
 
 
 def test_cbdm_prior_by_frequency_draws_by_frequency(monkeypatch):
     seen = {}
     original = torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: seen.setdefault("p", p) is None or original(p, *a, **k))
+    monkeypatch.setattr(
+        torch,
+        "multinomial",
+        lambda p, *a, **k: seen.setdefault("p", p) is None or original(p, *a, **k),
+    )
     x0, y, t, eps = batch()
     for prior, expected in (("uniform", [1, 1, 1, 1]), ("frequency", [40, 9, 4, 1])):
         seen.clear()
-        cm.CapacityManipulation(tiny_unet(), [40, 9, 4, 1], config(base="cbdm", cbdm_prior=prior))(x0, y, t, eps, y)
+        cm.CapacityManipulation(tiny_unet(), [40, 9, 4, 1], config(base="cbdm", cbdm_prior=prior))(
+            x0, y, t, eps, y
+        )
         assert seen["p"].tolist() == expected
 
 
@@ -522,28 +661,73 @@ def test_focal_against_its_formula():
     assert torch.allclose(focal, (1 - (-plain).exp()) * plain)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling
 
 
 def eps_function(x, t, y):
     """A made-up eps that depends on x, t and y and keeps the samplers stable."""
-    return 0.9 * torch.tanh(x + 0.3 * torch.sin(t / 150.0)[:, None, None, None]) + 0.1 * torch.cos(y.float())[:, None, None, None]
+    return (
+        0.9 * torch.tanh(x + 0.3 * torch.sin(t / 150.0)[:, None, None, None])
+        + 0.1 * torch.cos(y.float())[:, None, None, None]
+    )
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddim", 50), ("ddim", 30), ("ddpm", 1000), ("ddpm", 30), ("dpm", 15), ("dpm", 7), ("dpm", 34)])
+@pytest.mark.parametrize(
+    "sampler, steps",
+    [
+        ("ddim", 50),
+        ("ddim", 40),
+        ("ddpm", 1000),
+        ("ddpm", 25),
+        ("dpm", 15),
+        ("dpm", 7),
+        ("dpm", 34),
+    ],
+)
 def test_samplers_against_diffusers(sampler, steps):
     diffusers = pytest.importorskip("diffusers")
-    common = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="epsilon")
+    common = dict(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type="epsilon",
+    )
     scheduler = {
-        "ddim": lambda: diffusers.DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True, steps_offset=0,
-                                                timestep_spacing="leading", thresholding=False, rescale_betas_zero_snr=False),
-        "ddpm": lambda: diffusers.DDPMScheduler(**common, variance_type="fixed_large", clip_sample=False, thresholding=False,
-                                                timestep_spacing="leading", steps_offset=0, rescale_betas_zero_snr=False),
+        "ddim": lambda: diffusers.DDIMScheduler(
+            **common,
+            clip_sample=False,
+            set_alpha_to_one=True,
+            steps_offset=0,
+            timestep_spacing="leading",
+            thresholding=False,
+            rescale_betas_zero_snr=False,
+        ),
+        "ddpm": lambda: diffusers.DDPMScheduler(
+            **common,
+            variance_type="fixed_large",
+            clip_sample=False,
+            thresholding=False,
+            timestep_spacing="leading",
+            steps_offset=0,
+            rescale_betas_zero_snr=False,
+        ),
         "dpm": lambda: diffusers.DPMSolverMultistepScheduler(
-            **common, solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True,
-            euler_at_final=False, final_sigmas_type="zero", timestep_spacing="linspace", steps_offset=0,
-            thresholding=False, use_karras_sigmas=False, lambda_min_clipped=-float("inf"), variance_type=None),
+            **common,
+            solver_order=2,
+            algorithm_type="dpmsolver++",
+            solver_type="midpoint",
+            lower_order_final=True,
+            euler_at_final=False,
+            final_sigmas_type="zero",
+            timestep_spacing="linspace",
+            steps_offset=0,
+            thresholding=False,
+            use_karras_sigmas=False,
+            lambda_min_clipped=-float("inf"),
+            variance_type=None,
+        ),
     }[sampler]()
     y, shape = torch.tensor([0, 1, 2]), (2, 4, 4)
     generators = [torch.Generator().manual_seed(s) for s in (5, 6, 7)]
@@ -561,11 +745,35 @@ def test_samplers_against_diffusers(sampler, steps):
     assert clipped.abs().max() <= 1 and torch.equal(clipped, clamp(ours[-1], -1, 1))
 
 
+@pytest.mark.parametrize("steps", [1, 3, 334, 501, 999, 1000])
+def test_ddim_and_ddpm_grids_of_any_length_start_at_the_top_and_end_at_0(steps):
+    for sampler in (cm.ddim, cm.ddpm):
+        seen = []
+        sampler(
+            lambda x, t, seen=seen: seen.append(t) or x,
+            torch.zeros(1),
+            cm.make_alpha_bar().tolist(),
+            steps,
+            *[lambda: torch.zeros(1)] * (sampler is cm.ddpm),
+        )
+        assert (
+            len(set(seen)) == len(seen) == steps
+            and seen == sorted(seen, reverse=True)
+            and seen[-1] == 0
+        )
+        assert 1000 - seen[0] <= math.ceil(1000 / steps)
+
+
 def test_sampling_is_seeded_per_image_in_eval_mode_and_restores_training():
     unet = tiny_unet(dropout=0.5)
     y = torch.tensor([0, 1, 2, 3, 0])
     whole = cm.sample(unet, y, (1, 8, 8), "ddpm", 5, seeds=range(5))
-    parts = torch.cat([cm.sample(unet, y[i:i + 2], (1, 8, 8), "ddpm", 5, seeds=range(i, min(i + 2, 5))) for i in (0, 2, 4)])
+    parts = torch.cat(
+        [
+            cm.sample(unet, y[i : i + 2], (1, 8, 8), "ddpm", 5, seeds=range(i, min(i + 2, 5)))
+            for i in (0, 2, 4)
+        ]
+    )
     assert torch.allclose(whole, parts, atol=1e-5) and unet.training
     assert not torch.allclose(whole[0], whole[4], atol=1e-2)
     for bad in (dict(sampler="euler"), dict(steps=1001), dict(steps=-1)):
@@ -576,22 +784,29 @@ def test_sampling_is_seeded_per_image_in_eval_mode_and_restores_training():
 def test_guidance_is_a_linear_extrapolation_from_the_null_label():
     y, seeds = torch.tensor([0, 1]), (0, 1)
     guided = cm.sample(eps_function, y, (1, 4, 4), "ddim", 5, guidance=1.5, seeds=seeds)
-    by_hand = lambda x, t, k: 2.5 * eps_function(x, t, k) - 1.5 * eps_function(x, t, torch.full_like(k, -1))
-    assert torch.allclose(guided, cm.sample(by_hand, y, (1, 4, 4), "ddim", 5, seeds=seeds), atol=1e-5)
+    by_hand = lambda x, t, k: (
+        2.5 * eps_function(x, t, k) - 1.5 * eps_function(x, t, torch.full_like(k, -1))
+    )
+    assert torch.allclose(
+        guided, cm.sample(by_hand, y, (1, 4, 4), "ddim", 5, seeds=seeds), atol=1e-5
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training, end to end
 
 
 def toy_losses(steps, **kw):
-    """Train on noise-free toy classes (100:1), tiny network, high learning rate -> per-class (base, d) of the last tenth."""
+    """Train on noise-free toy classes (100:1): per-class (base, d) of the last tenth."""
     torch.manual_seed(0)
     c = config(lr=3e-3, label_drop=0.0, dropout=0.0, **kw)
     counts = torch.tensor([400, 400, 4, 4])
     patterns = torch.tanh(3 * torch.randn(4, 1, 8, 8))
     unet = cm.make_unet(c, 4, 1)
-    losses, adam = cm.CapacityManipulation(unet, counts, c), torch.optim.Adam(unet.parameters(), c.lr)
+    losses, adam = (
+        cm.CapacityManipulation(unet, counts, c),
+        torch.optim.Adam(unet.parameters(), c.lr),
+    )
     sums = torch.zeros(3, 4)
     for step in range(steps):
         y = torch.multinomial(torch.tensor([0.3, 0.3, 0.2, 0.2]), 16, replacement=True)
@@ -612,7 +827,10 @@ def test_divergence_goes_to_the_minority_and_only_the_bound_keeps_its_loss():
     printed, d_printed = toy_losses(400, div_margin=math.inf)
     assert d[2:].mean() > 10 * d[:2].mean(), d
     assert bounded[2:].mean() < 2 * plain[2:].mean(), (bounded, plain)
-    assert printed[2:].mean() > 20 * plain[2:].mean(), (printed, plain)  # Eq. (2) as printed runs off
+    assert printed[2:].mean() > 20 * plain[2:].mean(), (
+        printed,
+        plain,
+    )  # Eq. (2) as printed runs off
 
 
 def same_run(a, b):
@@ -637,10 +855,16 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_and_resumed_ends_bit_for_bit_where_the_uninterrupted_run_ends(whole, tmp_path, number):
-    process = subprocess.Popen([sys.executable, HERE / "cm.py", "--steps", "40", *TINY_FLAGS, "--out", tmp_path / "cut"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+def test_killed_and_resumed_ends_bit_for_bit_where_the_uninterrupted_run_ends(
+    whole, tmp_path, number
+):
+    process = subprocess.Popen(
+        [sys.executable, HERE / "cm.py", "--steps", "40", *TINY_FLAGS, "--out", tmp_path / "cut"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     wait_for(tmp_path / "cut" / "checkpoint.pt", process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -649,7 +873,11 @@ def test_killed_and_resumed_ends_bit_for_bit_where_the_uninterrupted_run_ends(wh
     if number == signal.SIGKILL:
         assert process.returncode == -9 and step % 5 == 0
     else:
-        assert process.returncode == 128 + number and f"stopped at step {step}" in err and "--resume" in err
+        assert (
+            process.returncode == 128 + number
+            and f"stopped at step {step}" in err
+            and "--resume" in err
+        )
     again = command("--resume", "--out", tmp_path / "cut")
     assert again.returncode == 0, again.stderr
     assert same_run(whole, tmp_path / "cut")
@@ -677,17 +905,31 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_its_table_and_files(finished):
     out, text = finished
-    for name in ("config.json", "log.csv", "checkpoint.pt", "merged.pt", "samples.png", "curves.png"):
+    for name in (
+        "config.json",
+        "log.csv",
+        "checkpoint.pt",
+        "merged.pt",
+        "samples.png",
+        "curves.png",
+    ):
         assert (out / name).stat().st_size > 100
     assert not list(out.glob(".*"))  # no temporary file is left
-    rows = list(csv.DictReader(open(out / "log.csv")))
-    assert [r["step"] for r in rows] == ["4", "8", "12"] and {"base_0", "d_9", "base_Many", "d_Few"} <= rows[0].keys()
+    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+    assert [r["step"] for r in rows] == ["4", "8", "12"] and {
+        "base_0",
+        "d_9",
+        "base_Many",
+        "d_Few",
+    } <= rows[0].keys()
     state = torch.load(out / "merged.pt", weights_only=True)
     unet = cm.UNet(10, 3, 8, 8, (1, 2), 1, (4,))
     unet.load_state_dict(state, strict=True)  # a plain network's weights
     # the table, recomputed from the checkpoint
     checkpoint = cm.load_checkpoint(out / "checkpoint.pt")
-    c = cm.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()})
+    c = cm.Config(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()}
+    )
     data = cm.Data(c)
     loss, _, _ = cm.held_out_loss(unet, data.held_out, data.held_out_labels, 10)
     disc = re.search(r"^disc +1000 +([\d.]+) +([\d.]+) +([\d.]+)", text, re.M).groups()
@@ -698,23 +940,29 @@ def test_a_run_leaves_its_table_and_files(finished):
 
 def test_held_out_loss_against_a_loop_and_without_images():
     unet = tiny_unet()
-    images, labels = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8), torch.tensor([0, 0, 0, 2, 2, 2])
+    images, labels = (
+        torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8),
+        torch.tensor([0, 0, 0, 2, 2, 2]),
+    )
     loss, loss_g, d = cm.held_out_loss(unet, images, labels, 4, per_class=2, times=3)
     assert unet.training and loss[[1, 3]].isnan().all()
     generator, expected = torch.Generator().manual_seed(0), torch.zeros(2, 4)
     unet.eval()
     for t in (166, 500, 833):
         eps, a = torch.randn(4, 1, 8, 8, generator=generator), cm.make_alpha_bar()[t].item()
-        for i, e in zip((0, 1, 3, 4), eps):
+        for i, e in zip((0, 1, 3, 4), eps, strict=True):
             k = labels[i]
             x_t = math.sqrt(a) * (images[i] / 127.5 - 1) + math.sqrt(1 - a) * e
-            call = lambda: unet(x_t[None], torch.tensor([t]), k[None])[0]
+            one = x_t[None], torch.tensor([t]), k[None]
             with torch.no_grad():
-                expected[0, k] += ((call() - e) ** 2).mean() / 6
+                expected[0, k] += ((unet(*one)[0] - e) ** 2).mean() / 6
                 with cm.general_only(unet):
-                    expected[1, k] += ((call() - e) ** 2).mean() / 6
+                    expected[1, k] += ((unet(*one)[0] - e) ** 2).mean() / 6
     assert torch.allclose(loss[[0, 2]].float(), expected[0, [0, 2]], rtol=1e-4)
-    assert torch.allclose(loss_g[[0, 2]].float(), expected[1, [0, 2]], rtol=1e-4) and (d[[0, 2]] > 0).all()
+    assert (
+        torch.allclose(loss_g[[0, 2]].float(), expected[1, [0, 2]], rtol=1e-4)
+        and (d[[0, 2]] > 0).all()
+    )
 
 
 def test_sample_writes_adms_layout(finished, tmp_path):
@@ -726,11 +974,22 @@ def test_sample_writes_adms_layout(finished, tmp_path):
     z = np.load(file)
     assert z["arr_0"].shape == (23, 8, 8, 3) and z["arr_0"].dtype == np.uint8
     counts = np.bincount(z["arr_1"])
-    assert counts.max() - counts.min() <= 1 and len(counts) == 10 and z["counts"].tolist() == cm.class_counts(1000, 100, 10)
-    assert run("--num-images", 23, "--sample-batch", 23, "--out", tmp_path / "t.npz").returncode == 0
+    assert (
+        counts.max() - counts.min() <= 1
+        and len(counts) == 10
+        and z["counts"].tolist() == cm.class_counts(1000, 100, 10)
+    )
+    assert (
+        run("--num-images", 23, "--sample-batch", 23, "--out", tmp_path / "t.npz").returncode == 0
+    )
     difference = np.load(tmp_path / "t.npz")["arr_0"].astype(int) - z["arr_0"]
     assert abs(difference).max() <= 1  # the batch doesn't matter beyond rounding
-    assert run("--num-images", 4, "--labels", 7, 2, "--general-only", "--out", tmp_path / "u.npz").returncode == 0
+    assert (
+        run(
+            "--num-images", 4, "--labels", 7, 2, "--general-only", "--out", tmp_path / "u.npz"
+        ).returncode
+        == 0
+    )
     assert np.load(tmp_path / "u.npz")["arr_1"].tolist() == [7, 2, 7, 2]
     before = file.read_bytes()
     again = run("--num-images", 1, "--out", file)
@@ -743,34 +1002,88 @@ def test_general_only_samples_theta_g(tmp_path):
     unet = cm.make_unet(c, 10, 3)
     for p in unet.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
-    torch.save(dict(config=cm.stored_options(c), losses="CapacityManipulation", network="make_unet", counts=cm.class_counts(1000, 100, 10), names=list(cm.SHAPES), step=1,
-                    model={k: 0 * v for k, v in unet.state_dict().items()}, ema=unet.state_dict()), tmp_path / "checkpoint.pt")
+    torch.save(
+        dict(
+            config=cm.stored_options(c),
+            losses="CapacityManipulation",
+            network="make_unet",
+            counts=cm.class_counts(1000, 100, 10),
+            names=list(cm.SHAPES),
+            step=1,
+            model={k: 0 * v for k, v in unet.state_dict().items()},
+            ema=unet.state_dict(),
+        ),
+        tmp_path / "checkpoint.pt",
+    )
     images = []
     for extra in ([], ["--general-only"]):
-        cm.main(["--sample", str(tmp_path / "checkpoint.pt"), "--num-images", "2", "--sample-steps", "4", "--overwrite", *extra])
+        cm.main(
+            [
+                "--sample",
+                str(tmp_path / "checkpoint.pt"),
+                "--num-images",
+                "2",
+                "--sample-steps",
+                "4",
+                "--overwrite",
+                *extra,
+            ]
+        )
         images.append(np.load(tmp_path / "samples.npz")["arr_0"])
     with cm.general_only(unet):
         plain_g = cm.merge(unet)
-    for plain, saved in zip((cm.merge(unet), plain_g), images):
-        x = cm.sample(plain, torch.tensor([0, 1]), (3, 8, 8), steps=4, seeds=[cm.hashed_seed("image", 0, i) for i in (0, 1)])
+    for plain, saved in zip((cm.merge(unet), plain_g), images, strict=True):
+        x = cm.sample(
+            plain,
+            torch.tensor([0, 1]),
+            (3, 8, 8),
+            steps=4,
+            seeds=[cm.hashed_seed("image", 0, i) for i in (0, 1)],
+        )
         assert abs(cm.to_uint8(x).permute(0, 2, 3, 1).numpy().astype(int) - saved).max() <= 1
     assert (images[0] != images[1]).any()
 
 
 def test_many_classes_two_classes_unconditional_and_plain(tmp_path):
     counts = {f"c{i:02d}": 1 + i % 5 for i in range(25)}
-    many = command("--dataset", "folder", "--data", make_tree(tmp_path / "many", counts, (8, 8)), "--preset", "small", "--steps", 4,
-                   *TINY_FLAGS, "--out", tmp_path / "m")
+    many = command(
+        "--dataset",
+        "folder",
+        "--data",
+        make_tree(tmp_path / "many", counts, (8, 8)),
+        "--preset",
+        "small",
+        "--steps",
+        4,
+        *TINY_FLAGS,
+        "--out",
+        tmp_path / "m",
+    )
     assert many.returncode == 0, many.stderr
     assert "TRAINING images" in many.stdout and len(re.findall(r"^c\d\d ", many.stdout, re.M)) == 10
-    columns = csv.DictReader(open(tmp_path / "m" / "log.csv")).fieldnames
+    columns = csv.DictReader((tmp_path / "m" / "log.csv").read_text().splitlines()).fieldnames
     assert sum(c.startswith("d_") for c in columns) == 13
     two = make_tree(tmp_path / "two", {"female": 3, "male": 12}, (8, 8))
     for extra in ([], ["--unconditional"], ["--no-cm", "--base", "oc", "--resample", 0.5]):
         out = tmp_path / ("t" + "".join(map(str, extra)))
-        done = command("--dataset", "folder", "--data", two, "--preset", "small", "--steps", 3, *TINY_FLAGS, *extra, "--out", out)
+        done = command(
+            "--dataset",
+            "folder",
+            "--data",
+            two,
+            "--preset",
+            "small",
+            "--steps",
+            3,
+            *TINY_FLAGS,
+            *extra,
+            "--out",
+            out,
+        )
         assert done.returncode == 0, done.stderr
-        assert re.search(r"^Many +12 ", done.stdout, re.M) and not re.search(r"^Medium", done.stdout, re.M)
+        assert re.search(r"^Many +12 ", done.stdout, re.M) and not re.search(
+            r"^Medium", done.stdout, re.M
+        )
         assert ("θ_g" in done.stdout) == ("--no-cm" not in extra)
         sampled = command("--sample", out / "checkpoint.pt", "--num-images", 3, "--sample-steps", 2)
         assert sampled.returncode == 0, sampled.stderr
@@ -781,8 +1094,21 @@ def test_many_classes_two_classes_unconditional_and_plain(tmp_path):
 def test_every_base_trains_alone_and_with_cm(tmp_path, base):
     for extra in ([], ["--no-cm"]):
         out = tmp_path / f"{base}{len(extra)}"
-        cm.main(["--steps", "3", *TINY_FLAGS, "--base", base, "--resample", "0.5", "--out", str(out), *extra])
-        last = list(csv.DictReader(open(out / "log.csv")))[-1]
+        cm.main(
+            [
+                "--steps",
+                "3",
+                *TINY_FLAGS,
+                "--base",
+                base,
+                "--resample",
+                "0.5",
+                "--out",
+                str(out),
+                *extra,
+            ]
+        )
+        last = list(csv.DictReader((out / "log.csv").read_text().splitlines()))[-1]
         assert math.isfinite(float(last["base"])) and (float(last["cm"]) == 0) == bool(extra)
 
 
@@ -799,50 +1125,80 @@ def distributed_gradient(rank, world, file, x0, y, t, eps, out):
 
 def test_two_processes_average_to_the_union_batch_gradient(tmp_path):
     x0, y, t, eps = batch(8)
-    torch.multiprocessing.spawn(distributed_gradient, (2, tmp_path / "rendezvous", x0, y, t, eps, tmp_path / "g"), nprocs=2)
+    torch.multiprocessing.spawn(
+        distributed_gradient, (2, tmp_path / "rendezvous", x0, y, t, eps, tmp_path / "g"), nprocs=2
+    )
     unet = tiny_unet()
-    cm.CapacityManipulation(unet, [40, 9, 4, 1], config(base="ddpm", dropout=0.0))(x0, y, t, eps, y)[0].backward()
-    for ours, p in zip(torch.load(tmp_path / "g"), unet.parameters()):
+    cm.CapacityManipulation(unet, [40, 9, 4, 1], config(base="ddpm", dropout=0.0))(
+        x0, y, t, eps, y
+    )[0].backward()
+    for ours, p in zip(torch.load(tmp_path / "g"), unet.parameters(), strict=True):
         assert torch.allclose(ours, p.grad, rtol=1e-3, atol=1e-7)
 
 
 def test_torchrun_trains_and_resumes(tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "cm.py"),
-           *TINY_FLAGS, "--out", str(tmp_path / "ddp"), "--steps"]
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(HERE / "cm.py"),
+        *TINY_FLAGS,
+        "--out",
+        str(tmp_path / "ddp"),
+        "--steps",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for extra in (["8"], ["12", "--resume"]):
         done = subprocess.run(run + extra, capture_output=True, text=True, env=env, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("held-out") == 1 and "Warning" not in done.stderr  # one process reports
-    assert [r["step"] for r in csv.DictReader(open(tmp_path / "ddp" / "log.csv"))] == ["4", "8", "12"]
+        assert (
+            done.stdout.count("held-out") == 1 and "Warning" not in done.stderr
+        )  # one process reports
+    assert [r["step"] for r in csv.DictReader((tmp_path / "ddp/log.csv").open())] == [
+        "4",
+        "8",
+        "12",
+    ]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "r"
     flags = ["--steps", "8", *TINY_FLAGS, "--out", str(out)]
     forward, calls = cm.CapacityManipulation.forward, []
+
     def broken(self, *a):
         loss, *rest = forward(self, *a)
         calls.append(1)
         return (loss * (math.nan if len(calls) == 7 else 1), *rest)
+
     monkeypatch.setattr(cm.CapacityManipulation, "forward", broken)
     with pytest.raises(SystemExit) as stopped:
         cm.main(flags)
-    assert re.search(r"not finite at step 7; base loss in this batch: .*\w+ [\d.]+.*checkpoint is .*checkpoint.pt", str(stopped.value))
+    assert re.search(
+        r"not finite at step 7; base loss in this batch: .*\w+ [\d.]+.*checkpoint is .*checkpoint",
+        str(stopped.value),
+    )
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 5
     monkeypatch.undo()
     assert cm.main(["--resume", "--out", str(out)]) == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The training loop, replayed by hand
 
 
 # One flag for every part of a step: warm-up longer than the run, an EMA whose cap acts on the last
 # two of five steps, log intervals of unequal length, many labels dropped, masks, a nonzero seed.
-REPLAY = ("--channels 8 --multipliers 1 2 --blocks 1 --attention --image-size 8 --batch-size 16 "
-          "--steps 5 --warmup 8 --lr 0.1 --ema 0.33 --seed 3 --base ddpm --log-every 3 "
-          "--label-drop 0.5")
+REPLAY = (
+    "--channels 8 --multipliers 1 2 --blocks 1 --attention --image-size 8 --batch-size 16 "
+    "--steps 5 --warmup 8 --lr 0.1 --ema 0.33 --seed 3 --base ddpm --log-every 3 "
+    "--label-drop 0.5"
+)
 # L_CM large enough to be seen, its bound small enough to act
 WITH_CM = f"{REPLAY} --resample 0.5 --dropout 0.3 --lam 3 --div-margin 1e-4"
 WITHOUT = f"{REPLAY} --resample 0 --no-flip --no-cm --unconditional"
@@ -906,8 +1262,8 @@ def replay(c, world=1):
             g = g / max(1.0, norm)
             m += 0.1 * (g - m)
             v += 0.001 * (g * g - v)
-            root = (v / (1 - 0.999 ** step)).sqrt() + 1e-8
-            p.data -= lr * m / (1 - 0.9 ** step) / root
+            root = (v / (1 - 0.999**step)).sqrt() + 1e-8
+            p.data -= lr * m / (1 - 0.9**step) / root
             e += (1 - decay) * (p.data - e)
         if step % c.log_every == 0 or step == c.steps:
             loss, base, capacity, norm = np.mean(steps, 0)
@@ -929,10 +1285,11 @@ def assert_trained_as(out, c, replayed):
     for i, name in enumerate(names):
         adam = state["optimizer"]["state"][i]
         for ours, theirs, tolerance in (
-                (parameters[i], state["model"][name], 0.01 * c.lr),
-                (ema[i], state["ema"][name], 0.01 * c.lr),
-                (first[i], adam["exp_avg"], 1e-3 * first[i].abs().max() + 1e-9),
-                (second[i], adam["exp_avg_sq"], 1e-3 * second[i].abs().max() + 1e-12)):
+            (parameters[i], state["model"][name], 0.01 * c.lr),
+            (ema[i], state["ema"][name], 0.01 * c.lr),
+            (first[i], adam["exp_avg"], 1e-3 * first[i].abs().max() + 1e-9),
+            (second[i], adam["exp_avg_sq"], 1e-3 * second[i].abs().max() + 1e-12),
+        ):
             assert (ours - theirs).abs().max() < tolerance, name
         assert int(adam["step"]) == c.steps
     with open(out / "log.csv", newline="") as f:
@@ -952,11 +1309,15 @@ def stop_at(monkeypatch, step, number):
         if now == step:
             os.kill(os.getpid(), number)
         return draw(data, c, size, now, rank)
+
     monkeypatch.setattr(cm, "draw_batch", draw_and_stop)
 
 
-@pytest.mark.parametrize("flags, stopped", [(WITH_CM, False), (WITH_CM, True), (WITHOUT, False)],
-                         ids=["CM", "stopped and resumed", "plain, unconditional"])
+@pytest.mark.parametrize(
+    "flags, stopped",
+    [(WITH_CM, False), (WITH_CM, True), (WITHOUT, False)],
+    ids=["CM", "stopped and resumed", "plain, unconditional"],
+)
 def test_replay_equals_the_checkpoint_and_the_log(tmp_path, no_pictures, flags, stopped):
     out = tmp_path / "run"
     flags = f"{flags} --out {out}".split()
@@ -993,9 +1354,13 @@ def test_replay_of_two_processes(tmp_path):
     script.write_text("import cm, test_cm\ncm.sample = test_cm.grey\ncm.main()\n")
     flags = f"{WITH_CM} --out {out}".split()
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
-    done = subprocess.run([*torchrun.split(), str(script), *flags],
-                          capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    done = subprocess.run(
+        [*torchrun.split(), str(script), *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+    )
     assert done.returncode == 0, done.stderr
     c = cm.parse(flags)[0].resolved()
     assert_trained_as(out, c, replay(c, world=2))
@@ -1005,6 +1370,7 @@ def test_replay_of_two_processes(tmp_path):
 def test_handlers_are_restored_however_training_ends(tmp_path, no_pictures, monkeypatch, ending):
     def mine(number, frame):
         pytest.fail("the signal was not training's to handle")
+
     before = {number: signal.signal(number, mine) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         c, typed = cm.parse(f"{REPLAY} --out {tmp_path / 'run'}".split())
@@ -1043,9 +1409,9 @@ def test_draw_batch_draws_what_it_says():
     assert eps.shape == x0.shape == (n, 3, 8, 8)
     z = eps.double()
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):  # of N(0, 1)
-        assert abs(float((z ** power).mean()) - mean) < 5 * math.sqrt(variance / z.numel()), power
+        assert abs(float((z**power).mean()) - mean) < 5 * math.sqrt(variance / z.numel()), power
     for other in (z.roll(1, 0), z.roll(1, 3), x0.double()):  # the next image's, pixel's; the image
-        scale = math.sqrt(float((other ** 2).mean()) / z.numel())
+        scale = math.sqrt(float((other**2).mean()) / z.numel())
         assert abs(float((z * other).mean())) < 5 * scale
     dropped = y_in == -1
     assert (y_in[~dropped] == y[~dropped]).all()
@@ -1099,6 +1465,7 @@ def test_data_is_the_long_tailed_set_sorted_by_class(tmp_path):
 
 def unet_by_hand(w, x, t, y):
     """The DDPM UNet of `tiny_unet`, from its weights: 8 and 16 wide, attention in the latter."""
+
     def norm(name, h):
         return F.group_norm(h, 1, w[f"{name}.weight"], w[f"{name}.bias"])
 
@@ -1162,7 +1529,9 @@ def test_network_starts_near_zero_with_xavier_weights():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             fan_out, area = len(m.weight), m.weight[0, 0].numel()
             bound = math.sqrt(6 / ((m.weight.shape[1] + fan_out) * area))
-            last = name.endswith(("block2.3", "attention.proj", f"decoder.{len(unet.decoder) - 1}.2"))
+            last = name.endswith(
+                ("block2.3", "attention.proj", f"decoder.{len(unet.decoder) - 1}.2")
+            )
             gain = 1e-5 if last else 1.0
             assert 0.9 < m.weight.abs().max() / (gain * bound) < 1.0001, name
             assert (m.bias == 0).all(), name
@@ -1214,21 +1583,23 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, no_pictures, monkeypatch):
-    make_unet, calls = cm.make_unet, []
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, no_pictures):
+    calls = []
 
     def broken(*args):
-        unet = make_unet(*args)
+        unet = cm.make_unet(*args)
 
         def at_the_fourth(gradient):
             calls.append(1)
             return gradient * (math.inf if len(calls) == 4 else 1)
+
         unet.time_embedding[0].bias.register_hook(at_the_fourth)
         return unet
-    monkeypatch.setattr(cm, "make_unet", broken)
+
     out = tmp_path / "run"
-    with pytest.raises(SystemExit) as stopped:
-        cm.main(f"{REPLAY} --out {out} --checkpoint-every 1".split())
+    config, typed = cm.parse(f"{REPLAY} --out {out} --checkpoint-every 1".split())
+    with pytest.raises(FloatingPointError) as stopped:
+        cm.train(config.resolved(), typed, network=broken)
     assert "gradient is not finite at step 4; base loss in this batch: " in str(stopped.value)
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 3
     assert [row["step"] for row in csv.DictReader((out / "log.csv").open())] == ["3"]
@@ -1279,18 +1650,21 @@ def by_hand(checkpoint, labels, sampler="ddim", steps=3, guidance=0.0, seed=0, g
     return ((x + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("", {}),
-    ("--num-images 12", dict(labels=[*range(10), 0, 1])),
-    ("--labels 7 2", dict(labels=[7, 2, 7, 2, 7, 2])),
-    ("--labels 0", dict(labels=[0] * 6)),
-    ("--sampler ddpm", dict(sampler="ddpm")),
-    ("--sampler dpm", dict(sampler="dpm")),
-    ("--sample-steps 5", dict(steps=5)),
-    ("--guidance 1.5", dict(guidance=1.5)),
-    ("--general-only", dict(general=True)),
-    ("--seed 4", dict(seed=4)),
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", {}),
+        ("--num-images 12", dict(labels=[*range(10), 0, 1])),
+        ("--labels 7 2", dict(labels=[7, 2, 7, 2, 7, 2])),
+        ("--labels 0", dict(labels=[0] * 6)),
+        ("--sampler ddpm", dict(sampler="ddpm")),
+        ("--sampler dpm", dict(sampler="dpm")),
+        ("--sample-steps 5", dict(steps=5)),
+        ("--guidance 1.5", dict(guidance=1.5)),
+        ("--general-only", dict(general=True)),
+        ("--seed 4", dict(seed=4)),
+    ],
+)
 def test_each_option_of_sample_equals_a_direct_call(checkpoints, tmp_path, capsys, flags, expected):
     expected = {"labels": list(range(6))} | expected
     file, checkpoint = tmp_path / "s.npz", checkpoints["cm"]
@@ -1319,6 +1693,7 @@ def test_sample_batch_changes_nothing_but_the_batches(checkpoints, tmp_path, mon
     def counted(model, labels, *args, **kw):
         sizes.append(len(labels))
         return sample(model, labels, *args, **kw)
+
     monkeypatch.setattr(cm, "sample", counted)
     got = generated(checkpoints["cm"], tmp_path / "s.npz", "--sample-batch", "4")
     assert sizes == [4, 2]
@@ -1354,24 +1729,33 @@ def test_sample_out_and_overwrite(checkpoints, capsys):
     default.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Errors: one line, status 2, nothing changed
 
 
 def snapshot(root):
-    return {p: None if p.is_dir() else (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(Path(root).rglob("*"))}
+    return {
+        p: None if p.is_dir() else (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in sorted(Path(root).rglob("*"))
+    }
 
 
-BAD = {  # name: (arguments, what the line must say); {d} is a directory with the things that `bad` makes
+BAD = {  # name: (arguments, what the line must say); {d} is what `bad` makes
     "unknown data set": ("--dataset mnist", "invalid choice: 'mnist'"),
     "unknown flag": ("--stepz 3", "unrecognized arguments: --stepz"),
     "not a number": ("--steps many", "invalid int value: 'many'"),
     "missing folder": ("--dataset folder --data {d}/none", "not a directory"),
     "folder without data": ("--dataset folder", "needs --data"),
     "empty folder": ("--dataset folder --data {d}/empty", "no class folders"),
-    "a class without images": ("--dataset folder --data {d}/hollow --preset small", "no valid file for the classes b"),
+    "a class without images": (
+        "--dataset folder --data {d}/hollow --preset small",
+        "no valid file for the classes b",
+    ),
     "one class": ("--dataset folder --data {d}/one --preset small", "one class only"),
-    "broken image": ("--dataset folder --data {d}/broken --preset small", "broken/b/x.png can't be read"),
+    "broken image": (
+        "--dataset folder --data {d}/broken --preset small",
+        "broken/b/x.png can't be read",
+    ),
     "truncated idx": ("--dataset fashion --data {d}/short", "not a whole idx file"),
     "half a set": ("--dataset fashion --data {d}/half", "lacks train-labels-idx1-ubyte"),
     "no set, no network": ("--dataset fashion --data {d}/empty", "--data"),
@@ -1409,15 +1793,29 @@ BAD = {  # name: (arguments, what the line must say); {d} is a directory with th
     "sample of a foreign file": ("--sample {d}/file", "can't be loaded"),
     "sample of merged weights": ("--sample {d}/run/merged.pt", "not a checkpoint.pt"),
     "sample of a truncated checkpoint": ("--sample {d}/cut/checkpoint.pt", "truncated"),
-    "label out of range": ("--sample {d}/run/checkpoint.pt --labels 3 10", "--labels 10 is out of range"),
-    "too many sampler steps": ("--sample {d}/run/checkpoint.pt --sample-steps 1001", "--sample-steps is 1001"),
-    "a DDIM grid that starts low": ("--sample {d}/run/checkpoint.pt --sample-steps 501", "ddim takes 1 to 500, or 1000"),
-    "a DPM grid with a step twice": ("--sample {d}/run/checkpoint.pt --sampler dpm --sample-steps 1000", "dpm takes 1 to 999"),
-    "n-max over the class": ("--n-max 1001", "--n-max 1001 asks for 1001 images of class 0, which has 1000"),
+    "label out of range": (
+        "--sample {d}/run/checkpoint.pt --labels 3 10",
+        "--labels 10 is out of range",
+    ),
+    "too many sampler steps": (
+        "--sample {d}/run/checkpoint.pt --sample-steps 1001",
+        "--sample-steps is 1001",
+    ),
+    "a DPM grid with a step twice": (
+        "--sample {d}/run/checkpoint.pt --sampler dpm --sample-steps 1000",
+        "dpm takes 1 to 999",
+    ),
+    "n-max over the class": (
+        "--n-max 1001",
+        "--n-max 1001 asks for 1001 images of class 0, which has 1000",
+    ),
     "n-max 0": ("--n-max 0", "--n-max is 0"),
     "seed of 64 bits": ("--seed 9223372036854775808", "below 2^63"),
     "no images": ("--sample {d}/run/checkpoint.pt --num-images 0", "--num-images is 0"),
-    "samples into nowhere": ("--sample {d}/run/checkpoint.pt --out {d}/none/s.npz", "not a directory"),
+    "samples into nowhere": (
+        "--sample {d}/run/checkpoint.pt --out {d}/none/s.npz",
+        "not a directory",
+    ),
     "samples not npz": ("--sample {d}/run/checkpoint.pt --out {d}/s.png", ".npz"),
 }
 
@@ -1425,6 +1823,7 @@ BAD = {  # name: (arguments, what the line must say); {d} is a directory with th
 @pytest.fixture(scope="module")
 def bad(finished, tmp_path_factory):
     import shutil
+
     d = tmp_path_factory.mktemp("bad")
     (d / "empty").mkdir()
     (d / "file").write_text("not a checkpoint")
@@ -1453,7 +1852,9 @@ def bad(finished, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_status_2_and_changes_nothing(name, bad, tmp_path, monkeypatch, capfd):
+def test_bad_input_is_one_line_status_2_and_changes_nothing(
+    name, bad, tmp_path, monkeypatch, capfd
+):
     arguments, says = BAD[name]
     monkeypatch.chdir(tmp_path)
     before = snapshot(bad)
@@ -1461,12 +1862,15 @@ def test_bad_input_is_one_line_status_2_and_changes_nothing(name, bad, tmp_path,
         cm.main(arguments.format(d=bad).split())
     err = capfd.readouterr().err
     lines = [line for line in err.splitlines() if line and "decoding" not in line]
-    assert stopped.value.code == 2 and len(lines) == 1 and says in lines[0] and "Traceback" not in err, err
+    assert (
+        stopped.value.code == 2 and len(lines) == 1 and says in lines[0] and "Traceback" not in err
+    ), err
     assert snapshot(bad) == before and not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_a_long_job_on_a_cpu_says_how_long_and_what_to_run_instead(capsys):
     from tqdm import tqdm
+
     cm.say_if_long(3600, config(), tqdm)
     assert capsys.readouterr().out == ""
     cm.say_if_long(12.5 * 86400, cm.Config(dataset="cifar10").resolved(), tqdm)
@@ -1479,9 +1883,14 @@ def test_help_shows_every_option_with_its_default(capsys):
         cm.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    for name, field in cm.Config.__dataclass_fields__.items():
+    for name, _field in cm.Config.__dataclass_fields__.items():
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name
-    assert "paper 300,000" in text and "Sec. G.1" in text and "[default: paper 0.1, small 0.3]" in text and "--no-flip" in text
+    assert (
+        "paper 300,000" in text
+        and "Sec. G.1" in text
+        and "[default: paper 0.1, small 0.3]" in text
+        and "--no-flip" in text
+    )
 
 
 def test_cuda_without_a_number_is_the_local_rank(monkeypatch):
@@ -1489,7 +1898,11 @@ def test_cuda_without_a_number_is_the_local_rank(monkeypatch):
     chosen, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
     monkeypatch.setattr(torch.cuda, "set_device", lambda d: chosen.append(d.index))
-    for environment, name, index in (({}, "cuda", 0), ({"LOCAL_RANK": "3"}, "cuda", 3), ({"LOCAL_RANK": "3"}, "cuda:1", 1)):
+    for environment, name, index in (
+        ({}, "cuda", 0),
+        ({"LOCAL_RANK": "3"}, "cuda", 3),
+        ({"LOCAL_RANK": "3"}, "cuda:1", 1),
+    ):
         for variable, value in environment.items():
             monkeypatch.setenv(variable, value)
         assert cm.pick_device(name) == torch.device("cuda", index) and chosen[-1] == index
@@ -1501,7 +1914,9 @@ def test_off_is_float32_without_tf32(monkeypatch):
     assert cm.precision(config(), torch.device("cpu")) == "off"
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     for bf16, expected in ((True, "bf16"), (False, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16
+        )
         assert cm.precision(config(), torch.device("cuda")) == expected
     assert cm.precision(config(amp="off"), torch.device("cuda")) == "off"
 
@@ -1514,11 +1929,16 @@ def test_a_variation_is_a_subclass_and_its_run_is_its_own(tmp_path):
 
     def narrow(config, num_classes, image_channels):
         return cm.make_unet(cm.dataclasses.replace(config, channels=4), num_classes, image_channels)
-    run = lambda *extra: cm.parse(["--steps", "4", *TINY_FLAGS, "--out", str(tmp_path / "r"), *extra])
+
+    run = lambda *extra: cm.parse(
+        ["--steps", "4", *TINY_FLAGS, "--out", str(tmp_path / "r"), *extra]
+    )
     c, typed = run()
     assert cm.train(c.resolved(), typed, losses=Doubled, network=narrow) == 0
-    rows = list(csv.DictReader(open(tmp_path / "r" / "log.csv")))
-    assert math.isclose(float(rows[0]["loss"]), 2 * (float(rows[0]["base"]) + float(rows[0]["cm"])), rel_tol=1e-4)
+    rows = list(csv.DictReader((tmp_path / "r" / "log.csv").read_text().splitlines()))
+    assert math.isclose(
+        float(rows[0]["loss"]), 2 * (float(rows[0]["base"]) + float(rows[0]["cm"])), rel_tol=1e-4
+    )
     path = tmp_path / "r" / "checkpoint.pt"
     assert cm.load_trained(path, losses=Doubled, network=narrow)[1].channels == 4
     c, typed = run("--resume", "--steps", "5")
@@ -1528,7 +1948,9 @@ def test_a_variation_is_a_subclass_and_its_run_is_its_own(tmp_path):
         with pytest.raises(ValueError, match="trained with the"):
             cm.load_trained(path, **other)
     sampling, _ = cm.parse(["--sample", str(path), "--num-images", "2", "--sample-steps", "2"])
-    with pytest.raises(ValueError, match="trained with the losses Doubled, not CapacityManipulation"):
+    with pytest.raises(
+        ValueError, match="trained with the losses Doubled, not CapacityManipulation"
+    ):
         cm.generate(sampling)
     assert cm.generate(sampling, losses=Doubled, network=narrow) == 0
     assert cm.train(c.resolved(), typed, losses=Doubled, network=narrow) == 0
@@ -1536,6 +1958,7 @@ def test_a_variation_is_a_subclass_and_its_run_is_its_own(tmp_path):
 
 def test_resuming_says_what_changed_and_clears_what_a_killed_run_left(finished, tmp_path, capfd):
     import shutil
+
     out = tmp_path / "r"
     shutil.copytree(finished[0], out)
     state = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -1543,7 +1966,9 @@ def test_resuming_says_what_changed_and_clears_what_a_killed_run_left(finished, 
     (out / ".checkpoint.123.tmp.pt").write_bytes(b"half a checkpoint")
     assert cm.main(["--out", str(out), "--resume", "--steps", "13"]) == 0
     err = capfd.readouterr().err
-    assert "4 process(es) before, 1 now" in err and "precision was bf16 before and is off now" in err
+    assert (
+        "4 process(es) before, 1 now" in err and "precision was bf16 before and is off now" in err
+    )
     assert "Warning" not in err and not list(out.glob(".*"))
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert (state["world"], state["precision"], state["step"]) == (1, "off", 13)
@@ -1551,7 +1976,10 @@ def test_resuming_says_what_changed_and_clears_what_a_killed_run_left(finished, 
 
 def test_how_to_go_on_is_how_it_was_started(monkeypatch):
     assert cm.launcher() == "python"
-    for world, local, text in (("4", "4", "torchrun --nproc-per-node 4"), ("8", "4", "torchrun --nnodes 2 --nproc-per-node 4")):
+    for world, local, text in (
+        ("4", "4", "torchrun --nproc-per-node 4"),
+        ("8", "4", "torchrun --nnodes 2 --nproc-per-node 4"),
+    ):
         monkeypatch.setenv("WORLD_SIZE", world)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         assert cm.launcher() == text
@@ -1559,7 +1987,9 @@ def test_how_to_go_on_is_how_it_was_started(monkeypatch):
 
 def test_images_that_are_not_finite_are_not_written(finished, tmp_path):
     state = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
-    last = [name for name in state["ema"] if name.startswith("decoder") and name.endswith("bias")][-1]
+    last = [name for name in state["ema"] if name.startswith("decoder") and name.endswith("bias")][
+        -1
+    ]
     state["ema"][last] += 1e38  # finite weights, infinite images
     torch.save(state, tmp_path / "c.pt")
     with pytest.raises(SystemExit) as stopped:
@@ -1567,7 +1997,7 @@ def test_images_that_are_not_finite_are_not_written(finished, tmp_path):
     assert "not finite" in str(stopped.value.code) and not list(tmp_path.glob("*.npz"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a GPU alone can run
 
 
@@ -1579,22 +2009,29 @@ def test_gpu_masks_are_replayed():
 
 
 @gpu
-@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--amp", "off"], ["--compile"], []])
+@pytest.mark.parametrize(
+    "flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--amp", "off"], ["--compile"], []]
+)
 def test_gpu_trains_and_resumes(tmp_path, flags):
     out = ["--out", str(tmp_path / "r"), *TINY_FLAGS, *flags]
-    assert cm.main(["--steps", "6", *out]) == 0 and cm.main(["--steps", "12", "--resume", *out]) == 0
-    last = list(csv.DictReader(open(tmp_path / "r" / "log.csv")))[-1]
+    assert (
+        cm.main(["--steps", "6", *out]) == 0 and cm.main(["--steps", "12", "--resume", *out]) == 0
+    )
+    last = list(csv.DictReader((tmp_path / "r" / "log.csv").read_text().splitlines()))[-1]
     assert last["step"] == "12" and math.isfinite(float(last["loss"]))
 
 
 @gpu
-def test_gpu_a_bad_step_is_named_one_step_late_and_nothing_is_written_after_it(tmp_path, monkeypatch):
+def test_gpu_a_bad_step_is_named_one_step_late_and_nothing_is_written_after_it(
+    tmp_path, monkeypatch
+):
     forward, calls = cm.CapacityManipulation.forward, []
 
     def broken(self, *a):
         loss, *rest = forward(self, *a)
         calls.append(1)
         return (loss * (math.nan if len(calls) == 7 else 1), *rest)
+
     monkeypatch.setattr(cm.CapacityManipulation, "forward", broken)
     with pytest.raises(SystemExit, match="not finite at step 7;"):
         cm.main(["--steps", "12", *TINY_FLAGS, "--device", "cuda", "--out", str(tmp_path / "r")])
@@ -1630,7 +2067,7 @@ def test_gpu_small_ba_survives_autocast():
     small_ba_survives_autocast("cuda")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fid.py
 
 
@@ -1645,7 +2082,9 @@ def both_inceptions(tmp_path_factory):
     """torch-fidelity's Inception and ours with the same random weights, and the weights' file."""
     peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     torch.manual_seed(0)
-    ours = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
+    ours = torchvision.models.inception_v3(
+        weights=None, num_classes=1008, aux_logits=False, transform_input=False, init_weights=False
+    )
     for m in ours.modules():  # activations of every scale, so that a missed detail shows
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight)
@@ -1657,15 +2096,17 @@ def both_inceptions(tmp_path_factory):
     file = tmp_path_factory.mktemp("weights") / "random.pth"
     torch.save(ours.state_dict(), file)
     names = ["2048", "logits_unbiased"]
-    return peer.FeatureExtractorInceptionV3("i", names, feature_extractor_weights_path=str(file)), fid.inception(file), file
+    theirs = peer.FeatureExtractorInceptionV3("i", names, feature_extractor_weights_path=str(file))
+    return theirs, fid.inception(file), file
 
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 32), (299, 299), (310, 64)])
 def test_fid_inception_features_equal_torch_fidelitys(both_inceptions, size):
     peer, ours, _ = both_inceptions
-    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=g)
     with torch.inference_mode():
-        for a, b in zip(ours(images), peer(images)):
+        for a, b in zip(ours(images), peer(images), strict=True):
             assert (a - b).norm() / b.norm() < 1e-3
         gray = images[:, :1]
         assert torch.equal(ours(gray)[0], ours(gray.expand(-1, 3, -1, -1))[0])
@@ -1674,11 +2115,14 @@ def test_fid_inception_features_equal_torch_fidelitys(both_inceptions, size):
 def test_fid_inception_errors(tmp_path, monkeypatch, both_inceptions):
     (tmp_path / "w.pth").write_bytes(b"no weights")
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "x.pth")
-    for name, says in (("w.pth", "can't be read"), ("x.pth", "not those of"), ("none.pth", "can't be read")):
+    wrong = {"w.pth": "can't be read", "x.pth": "not those of", "none.pth": "can't be read"}
+    for name, says in wrong.items():
         with pytest.raises(ValueError, match=says):
             fid.inception(tmp_path / name)
+
     def no_network(*a, **k):
         raise OSError
+
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     with pytest.raises(ValueError, match="6726825d"):
         fid.inception()
@@ -1686,77 +2130,174 @@ def test_fid_inception_errors(tmp_path, monkeypatch, both_inceptions):
         both_inceptions[1](torch.zeros(1, 3, 32, 32))
 
 
-@pytest.mark.parametrize("n, m", [(400, 300), (15, 300), (12, 10)])
+@pytest.mark.parametrize("n, m", [(400, 300), (15, 300), (12, 10), (25, 24)])
 def test_fid_frechet_distance_equals_torch_fidelitys(n, m):
     peer = pytest.importorskip("torch_fidelity.metric_fid")
     a, b = feature_sets(n, m)
-    expected = peer.fid_statistics_to_metric(*(peer.fid_features_to_statistics(v.double()) for v in (a, b)), False)
-    assert math.isclose(fid.frechet_distance(a, b), expected["frechet_inception_distance"], rel_tol=1e-6)
+    statistics = [peer.fid_features_to_statistics(v.double()) for v in (a, b)]
+    expected = peer.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert math.isclose(fid.frechet_distance(a, b), expected, rel_tol=1e-6)
 
 
-def test_fid_kid_is_and_prc_equal_torch_fidelitys():
-    kid, isc, prc = (pytest.importorskip(f"torch_fidelity.metric_{n}") for n in ("kid", "isc", "prc"))
+def test_fid_kid_equals_torch_fidelitys():
+    kid = pytest.importorskip("torch_fidelity.metric_kid")
     a, b = feature_sets()
-    expected = kid.kid_features_to_metric(a, b, kid_subsets=20, kid_subset_size=100, rng_seed=3, verbose=False)
-    ours = fid.kernel_distance(a, b, 20, 100, seed=3)
-    assert np.allclose(ours, [expected[kid.KEY_METRIC_KID_MEAN], expected[kid.KEY_METRIC_KID_STD]], rtol=1e-4)
-    for seed in (None, 5):
-        expected = isc.isc_features_to_metric(a, 10, seed is not None, seed)
-        assert np.allclose(fid.inception_score(a, 10, seed), [expected[isc.KEY_METRIC_ISC_MEAN], expected[isc.KEY_METRIC_ISC_STD]], rtol=1e-6)
-    generated, real = b, a
-    expected = prc.prc_features_to_metric(generated, real, prc_neighborhood=3, prc_batch_size=64, verbose=False)
+    expected = kid.kid_features_to_metric(
+        a, b, kid_subsets=20, kid_subset_size=100, rng_seed=3, verbose=False
+    )
+    mean, std = expected[kid.KEY_METRIC_KID_MEAN], expected[kid.KEY_METRIC_KID_STD]
+    assert np.allclose(fid.kernel_distance(a, b, 20, 100, seed=3), [mean, std], rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_fid_inception_score_equals_torch_fidelitys(seed):
+    isc = pytest.importorskip("torch_fidelity.metric_isc")
+    logits, _ = feature_sets()
+    expected = isc.isc_features_to_metric(logits, 10, seed is not None, seed)
+    mean, std = expected[isc.KEY_METRIC_ISC_MEAN], expected[isc.KEY_METRIC_ISC_STD]
+    assert np.allclose(fid.inception_score(logits, 10, seed), [mean, std], rtol=1e-6)
+
+
+def test_fid_precision_and_recall_equal_torch_fidelitys():
+    prc = pytest.importorskip("torch_fidelity.metric_prc")
+    real, generated = feature_sets()
+    expected = prc.prc_features_to_metric(
+        generated, real, prc_neighborhood=3, prc_batch_size=64, verbose=False
+    )
     precision, recall = fid.precision_recall(real, generated, block=37)
-    assert abs(precision - expected[prc.KEY_METRIC_PRECISION]) < 1e-4 and abs(recall - expected[prc.KEY_METRIC_RECALL]) < 1e-4
+    assert abs(precision - expected[prc.KEY_METRIC_PRECISION]) < 1e-4
+    assert abs(recall - expected[prc.KEY_METRIC_RECALL]) < 1e-4
     assert precision != recall
 
 
+def test_fid_metrics_defaults_are_the_papers():
+    a, b = feature_sets(1100, 1050, 4)
+    assert fid.kernel_distance(a, b) == fid.kernel_distance(a, b, 100, 1000, 0)
+    assert fid.inception_score(a) == fid.inception_score(a, 10, 0)
+    assert fid.precision_recall(a, b) == fid.precision_recall(a, b, 3)
+    assert torch.equal(fid.manifold_radii(a), fid.manifold_radii(a, 3))
+
+
 def test_fid_frechet_distance_of_known_gaussians():
-    """Features made to have exactly the wanted mean and covariance; commuting covariances have a closed form."""
+    """Features made to have exactly the wanted mean and covariance; commuting covariances have a
+    closed form."""
     g, d = torch.Generator().manual_seed(0), 6
     q = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q
-    s, t, shift = torch.tensor([4.0, 1, 0.25, 9, 2, 1]).double(), torch.tensor([1.0, 1, 4, 4, 0.5, 0]).double(), torch.randn(d, generator=g).double()
+    s = torch.tensor([4.0, 1, 0.25, 9, 2, 1], dtype=torch.float64)
+    t = torch.tensor([1.0, 1, 4, 4, 0.5, 0], dtype=torch.float64)
+    shift = torch.randn(d, generator=g).double()
+
     def exact(values, mean):
         x = torch.randn(50, d, generator=g, dtype=torch.float64)
         x = torch.linalg.qr(x - x.mean(0)).Q * 7  # 50 - 1 = 7^2: unit covariance
         return (x - x.mean(0)) @ torch.diag(values.sqrt()) @ q.T + mean
+
+    a, b = exact(s, 0 * shift), exact(t, shift)
+    before = a.clone()
     expected = float(shift.square().sum() + ((s.sqrt() - t.sqrt()) ** 2).sum())
-    assert math.isclose(fid.frechet_distance(exact(s, 0 * shift), exact(t, shift)), expected, rel_tol=1e-9)
+    assert math.isclose(fid.frechet_distance(a, b), expected, rel_tol=1e-9)
+    assert torch.equal(a, before)  # float64 features aren't copied first
 
 
 def test_fid_frechet_distance_with_itself_is_zero_at_any_rank():
     a, _ = feature_sets(200, 2, 64)
     flat = a.clone()
     flat[:, 20:] = flat[:, :44] * 0.5  # rank-deficient, more images than features
-    for x in (a, flat, a[:10], a * 1e-3, a * torch.logspace(-6, 3, 64), a[:, :1], torch.ones(5, 3)):
+    steep = a * torch.logspace(-6, 3, 64)
+    for x in (a, flat, a[:10], a * 1e-3, steep, a[:, :1], torch.ones(5, 3)):
         trace = float(x.double().var(0).sum())
         d = fid.frechet_distance(x, x.clone())
         assert 0 <= d <= 1e-6 * max(trace, 1e-12), (d, trace)
 
 
+def test_fid_frechet_distance_leaves_the_fast_root_before_it_is_wrong():
+    """Spectra that fall ever more steeply: near enough to a lost rank the eigenvalues give up."""
+    g = torch.Generator().manual_seed(0)
+    given_up = []
+    for decades in range(0, 11):
+        spectrum = torch.logspace(0, -decades, 32, dtype=torch.float64)  # standard deviations
+        roots = []
+        for _ in range(2):
+            q = torch.linalg.qr(torch.randn(32, 32, generator=g, dtype=torch.float64)).Q
+            roots.append(torch.diag(spectrum) @ q)
+        cov_a, cov_b = ((r.T @ r).numpy() for r in roots)
+        expected = float(torch.linalg.svdvals(roots[0] @ roots[1].T).sum())
+        trace = fid.full_rank_trace(cov_a, cov_b)
+        given_up.append(trace is None)
+        assert trace is None or math.isclose(trace, expected, rel_tol=1e-9)
+        # any scale of the features
+        assert (fid.full_rank_trace(1e-8 * cov_a, 1e8 * cov_b) is None) == given_up[-1]
+    assert given_up == sorted(given_up)
+    assert given_up[:3] == [False] * 3  # Inception's spectrum falls by two to three decades
+    assert given_up[5:] == [True] * 6
+
+
+def test_fid_frechet_distance_of_many_images_takes_no_singular_values(monkeypatch):
+    a, b = feature_sets(30, 30)
+    expected = fid.frechet_distance(a, b)
+    with monkeypatch.context() as patch:
+        patch.setattr(np.linalg, "svd", None)  # the slow way
+        assert fid.frechet_distance(a, b) == expected
+    monkeypatch.setattr(fid, "full_rank_trace", lambda cov_a, cov_b: None)
+    assert math.isclose(fid.frechet_distance(a, b), expected, rel_tol=1e-9)
+
+
 def test_fid_kid_of_one_distribution_averages_to_zero():
     g, values = torch.Generator().manual_seed(0), []
-    for i in range(40):
+    for _ in range(40):
         a, b = torch.randn(2, 200, 8, generator=g)
         values.append(fid.kernel_distance(a, b, 1, 200)[0])
-    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(40) and min(values) < 0 < max(values)
-    assert fid.kernel_distance(a[:50], b, 3)[0] == fid.kernel_distance(a[:50], b, 3, 50)[0]  # no larger than either set
+    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(40)
+    assert min(values) < 0 < max(values)
+    no_larger_than_either = fid.kernel_distance(a[:50], b, 3, 50)[0]
+    assert fid.kernel_distance(a[:50], b, 3)[0] == no_larger_than_either
+    assert fid.kernel_distance(b, a[:50], 3)[0] == fid.kernel_distance(b, a[:50], 3, 50)[0]
 
 
 def test_fid_precision_and_recall_of_a_set_with_itself_and_far_away():
     a, _ = feature_sets()
-    assert fid.precision_recall(a, a) == (1.0, 1.0) and fid.precision_recall(a, a + 1000) == (0.0, 0.0)
+    assert fid.precision_recall(a, a) == (1.0, 1.0)
+    assert fid.precision_recall(a, a + 1000) == (0.0, 0.0)
     near_one_point = a[:1] + 1e-3 * torch.randn(50, a.shape[1])
     precision, recall = fid.precision_recall(a, near_one_point)
     assert precision > 0.9 and recall < 0.05  # faithful, not diverse
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda a, b: fid.frechet_distance(a, b[:, :5]), "differ in size"), (lambda a, b: fid.frechet_distance(a[:1], b), "at least 2"),
-    (lambda a, b: fid.kernel_distance(a, b * math.nan), "not all finite"), (lambda a, b: fid.precision_recall(a[:3], b), "at least 4"),
-    (lambda a, b: fid.frechet_distance(a / 0, b), "not all finite"), (lambda a, b: fid.inception_score(a[:5]), "10 splits")])
+def test_fid_manifold_radii_are_the_kth_neighbours_distances():
+    line = torch.tensor([0.0, 1, 3, 7, 15])[:, None]
+    assert fid.manifold_radii(line, 1).tolist() == [1, 1, 2, 4, 8]
+    assert fid.manifold_radii(line, 2, block=2).tolist() == [3, 2, 3, 6, 12]
+    a, b = feature_sets(50, 40)
+    assert torch.allclose(fid.manifold_radii(a + 1000, 3), fid.manifold_radii(a, 3), rtol=1e-3)
+    assert fid.precision_recall(a + 1000, b + 1000) == fid.precision_recall(a, b)
+    given = fid.precision_recall(a, b, 3, real_radii=torch.full((50,), math.inf))
+    assert given == (1.0, fid.precision_recall(a, b, 3)[1])
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda a, b: fid.frechet_distance(a, b[:, :5]), "features differ in size: 8 and 5"),
+        (lambda a, b: fid.frechet_distance(a[:1], b), "first features.*at least 2"),
+        (lambda a, b: fid.frechet_distance(a / 0, b), "not all finite"),
+        (lambda a, b: fid.kernel_distance(a, b * math.nan), "second features are not all finite"),
+        (lambda a, b: fid.kernel_distance(a, b[0]), r"\[8\]; they must be \[N, D\]"),
+        (lambda a, b: fid.precision_recall(a[:3], b), "real features.*at least 4"),
+        (lambda a, b: fid.precision_recall(a, b[:2], 2), "generated features.*at least 3"),
+        (lambda a, b: fid.manifold_radii(a[:2], 2), "manifold's features.*at least 3"),
+        (lambda a, b: fid.inception_score(a[:5]), "5 images can't make 10 splits"),
+        (lambda a, b: fid.inception_score(a, 0), "20 images can't make 0 splits"),
+    ],
+)
 def test_fid_metrics_refuse_nonsense(call, says):
     with pytest.raises(ValueError, match=says):
         call(*feature_sets(20, 20, 8))
+
+
+def test_fid_inception_score_of_certain_and_of_ignorant_logits():
+    sure = 1e4 * torch.eye(8, 9).repeat(5, 1)  # every p is 0 or 1, the ninth class's always 0
+    assert fid.inception_score(sure, 1) == pytest.approx((8, 0))
+    assert fid.inception_score(torch.zeros(40, 8), 40) == pytest.approx((1, 0))
 
 
 @pytest.fixture
@@ -1764,51 +2305,282 @@ def sampled(tmp_path, monkeypatch):
     """Two .npz of shapes (as if generated) with labels and counts, in a directory of their own."""
     monkeypatch.chdir(tmp_path)
     x, y = cm.draw_shapes(20, 8, seed=5)
-    np.savez(tmp_path / "good.npz", arr_0=x, arr_1=y, counts=cm.class_counts(1000, 100, 10))
+    counts = cm.class_counts(1000, 100, 10)
+    np.savez(tmp_path / "good.npz", arr_0=x, arr_1=y, counts=counts)
     noise = np.random.RandomState(0).randint(0, 256, x.shape).astype(np.uint8)
-    np.savez(tmp_path / "noise.npz", arr_0=noise, arr_1=y, counts=cm.class_counts(1000, 100, 10))
+    np.savez(tmp_path / "noise.npz", arr_0=noise, arr_1=y, counts=counts)
     return tmp_path
 
 
 def test_fid_end_to_end_with_the_classifier(sampled, capsys):
-    run = lambda name: fid.main([name, "--dataset", "shapes", "--features", "classifier", "--json", name + ".json"])
+    def run(name):
+        options = f"--dataset shapes --features classifier --device cpu --json {name}.json"
+        return fid.main([name, *options.split()])
+
     assert run("good.npz") == 0
     text = capsys.readouterr()
-    assert "FD" in text.out and "FID" not in text.out and "200*" in text.out and re.search("recognises [89]", text.err)
+    assert "FD" in text.out and "FID" not in text.out and "200*" in text.out
+    assert "classifier features, against shapes, balanced training set" in text.out
+    assert re.search("recognises [89]", text.err)
     assert run("noise.npz") == 0
     assert "training" not in capsys.readouterr().err  # cached
     good, noise = (json.loads(Path(n + ".npz.json").read_text()) for n in ("good", "noise"))
-    assert set(good) == {"settings", "overall", "Many", "Medium", "Few"} and good["overall"]["accuracy"] > 0.8
-    assert noise["overall"]["FD"] > 10 * good["overall"]["FD"] and noise["overall"]["accuracy"] < 0.3
+    assert set(good) == {"settings", "overall", "Many", "Medium", "Few"}
+    assert good["overall"]["accuracy"] > 0.8 and noise["overall"]["accuracy"] < 0.3
+    assert noise["overall"]["FD"] > 10 * good["overall"]["FD"]
     # a split's row is the whole function on that split's rows
     file = np.load("good.npz")
     keep = np.isin(file["arr_1"], [6, 7, 8, 9])
-    x, y, _ = cm.load_dataset("shapes", None, 8)
     np.savez("few.npz", arr_0=file["arr_0"][keep], arr_1=file["arr_1"][keep], counts=file["counts"])
     few = fid.evaluate("few.npz", "shapes", features="classifier")
-    assert few["Few"] == pytest.approx(good["Few"], rel=1e-4) and set(few) == {"settings", "overall", "Few"}
+    assert few["Few"] == pytest.approx(good["Few"], rel=1e-4)
+    assert set(few) == {"settings", "overall", "Few"}
     assert good["Few"]["real"] == 4000 and good["Few"]["images"] == 80
 
 
 def test_fid_end_to_end_with_inception_and_folders(sampled, both_inceptions, capsys):
     from PIL import Image
+
     for name in ("good", "noise"):
         (sampled / name).mkdir()
         for i, x in enumerate(np.load(f"{name}.npz")["arr_0"][::40]):
             Image.fromarray(x).save(sampled / name / f"{i}.png")
-    assert fid.main(["noise", "--reference", "good", "--weights", str(both_inceptions[2]), "--json", "out.json"]) == 0
-    result = json.loads(Path("out.json").read_text())["overall"]
-    assert result["images"] == result["real"] == 5 and result["FID"] > 0 and result["IS"] >= 1 and "FID" in capsys.readouterr().out
+    options = f"--reference good --weights {both_inceptions[2]} --device cpu --json out.json"
+    assert fid.main(["noise", *options.split()]) == 0
+    result = json.loads(Path("out.json").read_text())
+    assert result["settings"] == {"features": "inception", "against": "good"}
+    overall = result["overall"]
+    assert overall["images"] == overall["real"] == 5
+    assert overall["FID"] > 0 and overall["IS"] >= 1
+    assert "FID" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, says", [
-    ("none.npz --dataset shapes", "can't be read"), ("text.npz --dataset shapes", "can't be read"), ("good.npz", "real images are missing"),
-    ("one.npz --dataset shapes", "1 image"), ("float.npz --dataset shapes", "no arr_0 of uint8"), ("empty --dataset shapes", "no images"),
-    ("foreign.npz --dataset shapes --features classifier", "labels from 0 to 10"), ("good.npz --reference big.npz", "sizes differ"),
-    ("good.npz --reference unlabelled.npz --features classifier", "one integer label an image, from 0"),
-    ("good.npz --reference plain.npz --features classifier", "needs real images with labels"), ("good.npz --dataset mnist", "invalid choice"),
-    ("good.npz --dataset shapes --weights text.npz", "can't be read as PyTorch weights"), ("good.npz --dataset shapes --json none/x.json", "not a directory"),
-    ("good.npz --dataset shapes --device abacus", "--device abacus"), ("good.npz --dataset shapes", "6726825d")])
+@pytest.mark.parametrize("kind", ["inception", "classifier"])
+def test_fid_score_is_the_metrics_by_name(kind):
+    real, generated = feature_sets(60, 50, 6)
+    logits, labels = generated.roll(1, 1), torch.arange(50) % 6
+    seen = []
+
+    def radii(features, k):
+        seen.append((features is real, k))
+        return fid.manifold_radii(features, k)
+
+    result = fid.score(real, generated, kind, logits, labels, radii)
+    assert seen == [(True, 3)]
+    kernel = fid.kernel_distance(real, generated)
+    precision, recall = fid.precision_recall(real, generated)
+    expected = {"images": 50, "real": 60, "precision": precision, "recall": recall}
+    if kind == "inception":
+        score = fid.inception_score(logits)
+        expected |= {
+            "FID": fid.frechet_distance(real, generated),
+            "IS": score[0],
+            "IS std": score[1],
+        }
+        expected |= {"KID": kernel[0], "KID std": kernel[1]}
+    else:
+        right = (logits.argmax(1) == labels).sum()
+        expected |= {"FD": fid.frechet_distance(real, generated), "accuracy": int(right) / 50}
+        expected |= {"KD": kernel[0], "KD std": kernel[1]}
+        assert 0 < right < 50
+        assert "accuracy" not in fid.score(real, generated, kind, logits)
+    assert result == expected
+    # sets too small for three neighbours or ten splits
+    small = fid.score(real, generated[:3], kind, logits[:3], labels[:3])
+    assert small["precision"] == fid.precision_recall(real, generated[:3], 2)[0]
+    assert fid.score(real[:2], generated, kind, logits)["recall"] in (0.0, 0.5, 1.0)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """train_classifier in three steps, for tests of everything around it; returns its arguments."""
+    train, calls = fid.train_classifier, []
+
+    def train_hastily(*args):
+        calls.append(args)
+        return train(*args, steps=3)
+
+    monkeypatch.setattr(fid, "train_classifier", train_hastily)
+    return calls
+
+
+def test_fid_evaluate_scores_each_split_by_its_own_rows(sampled, hasty, capsys):
+    result = fid.evaluate("good.npz", "shapes", features="classifier", cache="cache", batch_size=99)
+    ((real, real_labels, held, held_labels, num_classes, device),) = hasty
+    x, y, _ = cm.load_dataset("shapes", None, 8)
+    test, test_y, _ = cm.load_dataset("shapes", None, 8, train=False)
+    for images, array in ((real, x), (held, test)):
+        assert np.array_equal(images.permute(0, 2, 3, 1), array)
+    assert real_labels.tolist() == y.tolist() and held_labels.tolist() == test_y.tolist()
+    assert (num_classes, device) == (10, "cpu")
+    accuracy = result["settings"].pop("classifier accuracy")
+    assert f"{100 * accuracy:.1f} % of held-out images" in capsys.readouterr().err
+    assert result.pop("settings") == {
+        "features": "classifier",
+        "against": "shapes, balanced training set",
+    }
+    # by hand
+    (weights,) = Path("cache").glob("classifier-*.pt")
+    net = fid.Classifier(1 if x.shape[3] == 1 else 3, 10).eval()
+    net.load_state_dict(torch.load(weights, weights_only=True)["weights"])
+    file = np.load("good.npz")
+    labels = torch.from_numpy(file["arr_1"])
+    real_features, _ = fid.extract(net, real, "")
+    features, logits = fid.extract(net, fid.chw(file["arr_0"]), "")
+    splits = {"overall": range(10)} | cm.splits(file["counts"].tolist())
+    assert set(result) == set(splits)
+    for name, classes in splits.items():
+        r, g = (torch.isin(v, torch.tensor(list(classes))) for v in (real_labels, labels))
+        expected = fid.score(real_features[r], features[g], "classifier", logits[g], labels[g])
+        assert result[name] == pytest.approx(expected, rel=1e-4)
+
+
+def test_fid_cache_is_used_again_and_only_for_what_it_was_made_of(sampled, hasty, monkeypatch):
+    extracted, extract = [], fid.extract
+
+    def watch(net, images, what, *args):
+        extracted.append(what)
+        return extract(net, images, what, *args)
+
+    monkeypatch.setattr(fid, "extract", watch)
+    first = fid.evaluate("good.npz", "shapes", features="classifier")
+    assert len(hasty) == 1 and extracted[1:] == ["real images", "generated images"]
+    assert len(list(Path("data/fid").glob("radii-*.pt"))) == 4  # overall and three splits
+    extracted.clear()
+    assert fid.evaluate("good.npz", "shapes", features="classifier") == first
+    assert len(hasty) == 1 and extracted == ["generated images"]
+    # another classifier has other features
+    (weights,) = Path("data/fid").glob("classifier-*.pt")
+    state = torch.load(weights, weights_only=True)
+    linear = next(k for k, v in state["weights"].items() if k.startswith("body") and v.ndim == 2)
+    state["weights"][linear] *= 2
+    torch.save(state, weights)
+    extracted.clear()
+    doubled = fid.evaluate("good.npz", "shapes", features="classifier")
+    assert extracted == ["real images", "generated images"] and doubled != first
+    # another real set has another classifier; without --dataset its own images are held against it
+    x, y = cm.draw_shapes(3, 8, seed=6)
+    np.savez("real.npz", arr_0=x, arr_1=y)
+    result = fid.evaluate("good.npz", reference="real.npz", features="classifier")
+    assert len(hasty) == 2 and hasty[1][0] is hasty[1][2] and hasty[1][1] is hasty[1][3]
+    assert result["settings"]["against"] == "real.npz" and result["overall"]["real"] == 30
+
+
+def test_fid_evaluate_of_few_or_unlabelled_samples(sampled, hasty):
+    file = np.load("good.npz")
+    x, y, counts = file["arr_0"], file["arr_1"], file["counts"]
+    np.savez("unlabelled.npz", arr_0=x)
+    np.savez("uncounted.npz", arr_0=x, arr_1=y)
+    for name in ("unlabelled", "uncounted"):
+        result = fid.evaluate(f"{name}.npz", "shapes", features="classifier")
+        assert set(result) == {"settings", "overall"}
+        assert ("accuracy" in result["overall"]) == (name == "uncounted")
+    many = np.flatnonzero(y == 0)
+    few = np.flatnonzero(np.isin(y, cm.splits(counts.tolist())["Few"]))
+    for keep, splits in ((2, {"Many", "Few"}), (1, {"Many"})):
+        rows = np.concatenate([many, few[:keep]])
+        np.savez("some.npz", arr_0=x[rows], arr_1=y[rows], counts=counts)
+        result = fid.evaluate("some.npz", "shapes", features="classifier")
+        assert set(result) == {"settings", "overall"} | splits
+
+
+def test_fid_says_what_a_folders_real_set_is(sampled, hasty, capsys):
+    from PIL import Image
+
+    x, _ = cm.draw_shapes(1, 8, seed=6)
+    x = np.broadcast_to(x, (*x.shape[:3], 3))
+    for name, count in (("a", 7), ("b", 3)):
+        Path("tree", name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(x[i]).save(f"tree/{name}/{i}.png")
+    np.savez("rgb.npz", arr_0=x, arr_1=np.arange(len(x)) % 2)
+    result = fid.evaluate("rgb.npz", "folder", "tree", features="classifier")
+    assert (
+        result["settings"]["against"] == "folder tree, training images as they come, 3 to 7 a class"
+    )
+    assert "% of its own training images" in capsys.readouterr().err
+    for i in range(3, 7):
+        Path(f"tree/a/{i}.png").unlink()
+    assert fid.real_set("folder", "tree", None, 8)[2:] == (
+        2,
+        "folder tree, training images as they come, 3 a class",
+    )
+
+
+def test_fid_cache_of_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        fid.cached(tmp_path, "features", ["key"], lambda: {"weights": torch.arange(3)})
+    (file,) = tmp_path.glob("features-*.pt")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):  # the file is what a GPU leaves
+            torch.load(file, weights_only=True)
+    loaded = fid.cached(tmp_path, "features", ["key"], None)["weights"]
+    assert loaded.device.type == "cpu" and loaded.tolist() == [0, 1, 2]
+
+
+@gpu
+def test_gpu_fid_evaluate_equals_the_cpus(sampled, hasty):
+    def run(device):
+        return fid.evaluate("good.npz", "shapes", features="classifier", device=device)
+
+    def cache():
+        return {p: torch.load(p, weights_only=True) for p in Path("data/fid").glob("*.pt")}
+
+    on_gpu = run("cuda")
+    for value in cache().values():
+        tensors = value["weights"].values() if isinstance(value, dict) else [value]
+        assert all(t.device.type == "cpu" for t in tensors)
+    for file in cache():
+        if not file.name.startswith("classifier"):  # the same classifier, nothing else of the GPU's
+            file.unlink()
+    on_cpu = run("cpu")
+    assert len(hasty) == 1 and on_gpu.keys() == on_cpu.keys()
+    assert on_gpu["settings"] == on_cpu["settings"]
+    for name in on_cpu.keys() - {"settings"}:
+        assert on_gpu[name] == pytest.approx(on_cpu[name], rel=1e-3, abs=1e-4), name
+
+
+@gpu
+def test_gpu_fid_metrics_equal_the_cpus():
+    sets = feature_sets()
+    on_gpu = [s.cuda() for s in sets]
+    assert fid.manifold_radii(on_gpu[0]).is_cuda  # distances and top-k stay there
+    for metric in (fid.frechet_distance, fid.kernel_distance, fid.precision_recall):
+        assert metric(*on_gpu) == pytest.approx(metric(*sets), rel=1e-3), metric
+    few = [s[:10] for s in on_gpu]
+    assert fid.frechet_distance(*few) == pytest.approx(
+        fid.frechet_distance(sets[0][:10], sets[1][:10])
+    )
+    assert fid.inception_score(on_gpu[0]) == pytest.approx(fid.inception_score(sets[0]))
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("none.npz --dataset shapes", "can't be read"),
+        ("text.npz --dataset shapes", "can't be read"),
+        ("good.npz", "real images are missing"),
+        ("one.npz --dataset shapes", "1 image"),
+        ("float.npz --dataset shapes", "no arr_0 of uint8"),
+        ("empty --dataset shapes", "no images"),
+        ("foreign.npz --dataset shapes --features classifier", "labels from 0 to 10"),
+        (
+            "counts.npz --dataset shapes --features classifier",
+            "counts of 9 classes, the real set has 10",
+        ),
+        ("good.npz --reference big.npz", "sizes differ"),
+        ("good.npz --reference unlabelled.npz --features classifier", "one integer label an image"),
+        ("good.npz --reference plain.npz --features classifier", "needs real images with labels"),
+        ("good.npz --dataset mnist", "invalid choice"),
+        ("good.npz --dataset shapes --weights text.npz", "can't be read as PyTorch weights"),
+        ("good.npz --dataset shapes --json none/x.json", "not a directory"),
+        ("good.npz --dataset shapes --device abacus", "--device abacus: type cpu, cuda or cuda:N"),
+        ("good.npz --dataset shapes --device mps", "--device mps: type cpu, cuda or cuda:N"),
+        ("good.npz --dataset shapes --device cuda:99", "--device cuda:99 is not to be had here"),
+        ("good.npz --dataset shapes", "6726825d"),
+    ],
+)
 def test_fid_bad_input_is_one_line_and_status_2(sampled, arguments, says, capfd, monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: 1 / 0)
     x, y, counts = (np.load("good.npz")[k] for k in ("arr_0", "arr_1", "counts"))
@@ -1817,32 +2589,35 @@ def test_fid_bad_input_is_one_line_and_status_2(sampled, arguments, says, capfd,
     np.savez("one.npz", arr_0=x[:1])
     np.savez("float.npz", arr_0=x.astype(np.float32))
     np.savez("foreign.npz", arr_0=x, arr_1=np.where(np.arange(len(y)) == 3, 10, y), counts=counts)
+    np.savez("counts.npz", arr_0=x, arr_1=y, counts=counts[:9])
     np.savez("big.npz", arr_0=x.repeat(2, 1).repeat(2, 2))
     np.savez("plain.npz", arr_0=x)
     np.savez("unlabelled.npz", arr_0=x, arr_1=np.full(len(x), -1))
     before = snapshot(sampled)
     with pytest.raises(SystemExit) as stopped:
-        fid.main(arguments.split())
-    err = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]
+        fid.main(["--device", "cpu", *arguments.split()])  # the last --device counts
+    lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    err = [line for line in lines if line.strip() and "it/s" not in line]
     assert stopped.value.code == 2 and len(err) == 1 and says in err[0], err
     assert snapshot(sampled) == before
 
 
 def test_fid_classifier_on_fashion_mnist(tmp_path):
-    root = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist, which .ci/run installs
+    root = Path("/usr/share/datasets/fashion-mnist")  # Debian's, which .ci/run installs
     if not root.is_dir():
         pytest.skip("apt-get install dataset-fashion-mnist")
-    load = lambda train: (torch.from_numpy(v) for v in cm.load_dataset("fashion", root, 16, train)[:2])
-    (x, y), (test, test_y) = load(True), load(False)
-    x, test = x.permute(0, 3, 1, 2), test.permute(0, 3, 1, 2)
+    (x, y), (test, test_y) = (
+        cm.load_dataset("fashion", root, 16, train)[:2] for train in (True, False)
+    )
+    x, test, y, test_y = fid.chw(x), fid.chw(test), torch.from_numpy(y), torch.from_numpy(test_y)
     net, accuracy = fid.train_classifier(x, y, test, test_y, 10)
     assert accuracy >= 0.88
-    real, held = fid.extract(net, x[:5000], "")[0], fid.extract(net, test[:2000], "")[0]
-    noise = fid.extract(net, torch.randint(0, 256, (2000, 1, 16, 16), dtype=torch.uint8), "")[0]
+    noise = torch.randint(0, 256, (2000, 1, 16, 16), dtype=torch.uint8)
+    real, held, noise = (fid.extract(net, v, "")[0] for v in (x[:5000], test[:2000], noise))
     assert fid.frechet_distance(real, noise) > 50 * fid.frechet_distance(real, held)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # theory.py
 
 TRIALS = 20_000
@@ -1855,9 +2630,9 @@ CORRECT = {
 }
 WRONG = {
     "factor 2 dropped": lambda n1, n2, s, c: theory.ndtr(
-        (2 * n1 / (n1 + n2) - 1) * math.sqrt((n1 + n2) * (1 - c)) / (2 * s)),
-    "a and 1 - a swapped": lambda n1, n2, s, c: theory.pi_maj(
-        n2 / (n1 + n2), n1 + n2, 1.0, s, c),
+        (2 * n1 / (n1 + n2) - 1) * math.sqrt((n1 + n2) * (1 - c)) / (2 * s)
+    ),
+    "a and 1 - a swapped": lambda n1, n2, s, c: theory.pi_maj(n2 / (n1 + n2), n1 + n2, 1.0, s, c),
     "N_2 for N": lambda n1, n2, s, c: theory.pi_maj(n1 / (n1 + n2), n2, 1.0, s, c),
 }
 
@@ -1955,8 +2730,9 @@ def test_theory_ladder_on_random_settings():
         assert (lower < upper - 1e-3).mean() > 0.05  # each step is a real one
     without = theory.ladder(**(settings | dict(alpha=0.0)))
     n = settings["n1"] + settings["n2"]
-    expected = theory.pi_maj(settings["n1"] / n, n, settings["mu"], settings["sigma"],
-                             settings["cos"])
+    expected = theory.pi_maj(
+        settings["n1"] / n, n, settings["mu"], settings["sigma"], settings["cos"]
+    )
     assert np.allclose(without[0], expected) and np.allclose(without[1], expected)
     # and as if all samples were the majority's, a = 1
     expected = theory.pi_maj(1, n, settings["mu"], settings["sigma"], settings["cos"])
@@ -1967,8 +2743,12 @@ def test_theory_random_settings_are_as_described():
     two = theory.random_settings(1000, 1)
     assert all(values.shape == (1000,) for values in two.values())
     more = two["n1"] - two["n2"]
-    for values, low, high in ((two["n2"], 1, 1e3), (more, 1, 1e4), (two["mu"], 0.1, 10),
-                              (two["sigma"], 0.1, 1e3)):  # spread evenly over the orders
+    for values, low, high in (
+        (two["n2"], 1, 1e3),
+        (more, 1, 1e4),
+        (two["mu"], 0.1, 10),
+        (two["sigma"], 0.1, 1e3),
+    ):  # spread evenly over the orders
         assert low <= values.min() < 1.2 * low and 0.8 * high < values.max() <= high
     for values, low, high in ((two["alpha"], 0, 1), (two["cos"], -0.999, 0.999)):
         assert low <= values.min() < low + 0.05 and high - 0.05 < values.max() <= high
@@ -1982,7 +2762,7 @@ def test_theory_random_settings_are_as_described():
         assert means.shape[0] == len(counts) and 2 <= means.shape[1] <= 8
         assert np.allclose(norms, norms[0]) and 0.1 < norms[0] < 10 and 1 <= counts[-1] <= 1000
         assert 0.1 < norms[0] * math.sqrt(counts.sum()) / setting["sigma"] < 10
-        cosines.append(means[0] @ means[-1] / norms[0]**2)
+        cosines.append(means[0] @ means[-1] / norms[0] ** 2)
     assert min(cosines) < -0.5 and max(cosines) > 0.9
     assert sum(setting["counts"][-1] == 1 for setting in many) > 100
     assert 900 < max(setting["counts"][0] for setting in many) <= 1000
@@ -2007,29 +2787,38 @@ def test_theory_mended_ladder_on_random_settings():
     # mutually orthogonal means: Theorem F.2 holds
     for setting in settings[:2000]:
         k = len(setting["counts"])
-        orthogonal = setting | dict(means=theory.orthogonal_means(k, 1.0, k),
-                                    sigma=setting["sigma"] / np.linalg.norm(setting["means"][0]))
+        orthogonal = setting | dict(
+            means=theory.orthogonal_means(k, 1.0, k),
+            sigma=setting["sigma"] / np.linalg.norm(setting["means"][0]),
+        )
         exact, *_, paper = theory.multi_ladder(**orthogonal)
         assert exact <= paper + 1e-12
 
 
 def mended_with(factor):
     """`_pi_maj_multi_any_at` with `factor(alpha, s)` for 1 - alpha s."""
+
     def bound(kappa, alpha, n, nk, mu, sigma, cos):
         s = math.sqrt((1 - cos) / 2)
         spread = np.sqrt(n + 2 * alpha * kappa + alpha**2 * kappa**2 / nk)
         return theory.ndtr(mu / sigma * kappa * factor(alpha, s) / spread)
+
     return bound
 
 
-@pytest.mark.parametrize("factor, right", [
-    (lambda alpha, s: 1 - alpha * s, True),
-    (lambda alpha, s: 1 - alpha, False),
-    (lambda alpha, s: s * (1 - alpha), False),
-    (lambda alpha, s: 1 - alpha * math.sqrt(s), False),
-], ids=("right", "1 - alpha", "(F.17)'s s (1 - alpha)", "no square of s"))
+@pytest.mark.parametrize(
+    "factor, right",
+    [
+        (lambda alpha, s: 1 - alpha * s, True),
+        (lambda alpha, s: 1 - alpha, False),
+        (lambda alpha, s: s * (1 - alpha), False),
+        (lambda alpha, s: 1 - alpha * math.sqrt(s), False),
+    ],
+    ids=("right", "1 - alpha", "(F.17)'s s (1 - alpha)", "no square of s"),
+)
 def test_theory_a_wrong_mended_bound_is_rejected_by_the_same_check(
-        factor, right, monkeypatch, capsys):
+    factor, right, monkeypatch, capsys
+):
     monkeypatch.setattr(theory, "_pi_maj_multi_any_at", mended_with(factor))
     report = theory.Report(trials=1, seed=0)
     theory.check_mended(report)
@@ -2050,17 +2839,27 @@ def test_theory_check_of_the_mended_bound_wants_the_papers_to_fail(monkeypatch, 
     lines = capsys.readouterr().out.splitlines()
     assert not report.ok and "0 of (F.17)" in lines[-2] and lines[-2].endswith("FAILS")
     assert [line.endswith("FAILS") for line in lines if "α=" in line] == 3 * [False] + [
-        True, True, False]
+        True,
+        True,
+        False,
+    ]
 
 
 def test_theory_check_of_the_ladder_sees_each_step(monkeypatch, capsys):
     """Exchange two neighbours of exact <= tighter <= middle <= last: both rows and total fail."""
     right = theory.ladder
     settings = [dict(n1=90, n2=10, mu=1.0, sigma=8, cos=0.0, alpha=0.3)]
-    for wrong_order, ok in (((0, 1, 2, 3), True), ((1, 0, 2, 3), False), ((0, 2, 1, 3), False),
-                            ((0, 1, 3, 2), False)):
-        monkeypatch.setattr(theory, "ladder", lambda order=wrong_order, **setting: tuple(
-            right(**setting)[i] for i in order))
+    for wrong_order, ok in (
+        ((0, 1, 2, 3), True),
+        ((1, 0, 2, 3), False),
+        ((0, 2, 1, 3), False),
+        ((0, 1, 3, 2), False),
+    ):
+        monkeypatch.setattr(
+            theory,
+            "ladder",
+            lambda order=wrong_order, **setting: tuple(right(**setting)[i] for i in order),
+        )
         report = theory.Report(trials=1, seed=0)
         theory.check_bounds(report, settings)
         lines = capsys.readouterr().out.splitlines()
@@ -2094,6 +2893,7 @@ def test_theory_multi_class_with_orthogonal_and_general_means():
 
 def test_theory_counterexample_to_theorem_f_2():
     from scipy.special import ndtri  # the inverse of ndtr
+
     setting = theory.counterexample()
     assert setting["counts"] == (1000, 999, 1) and setting["alpha"] == 0
     means = setting["means"]
@@ -2142,49 +2942,55 @@ def test_theory_arrays_broadcast():
     assert grid[2, 1] == theory.pi_maj_multi_any(alpha[2, 0], 100, 4, 1, 5, 0.2)
 
 
-@pytest.mark.parametrize("name, call", [
-    ("n ", lambda: theory.pi_maj(0.9, 0, 1, 1, 0)),
-    ("n ", lambda: theory.pi_maj(0.9, math.inf, 1, 1, 0)),
-    ("n ", lambda: theory.pi_maj(0.9, [], 1, 1, 0)),
-    ("sigma", lambda: theory.pi_maj(0.9, 10, 1, 0, 0)),
-    ("mu", lambda: theory.pi_maj(0.9, 10, -1, 1, 0)),
-    ("mu", lambda: theory.pi_maj(0.9, 10, math.inf, 1, 0)),
-    ("cos", lambda: theory.pi_maj(0.9, 10, 1, 1, 1.0)),
-    ("cos", lambda: theory.pi_maj(0.9, 10, 1, 1, [0, -1.1])),
-    ("a ", lambda: theory.pi_maj(1.1, 10, 1, 1, 0)),
-    ("a ", lambda: theory.pi_maj(-0.1, 10, 1, 1, 0)),
-    ("alpha", lambda: theory.pi_maj_bound(-0.1, 10, 1, 1, 0)),
-    ("alpha", lambda: theory.pi_maj_exact(1.1, 10, 1, 1, 1, 0)),
-    ("n2", lambda: theory.pi_maj_exact(0.5, 10, 0, 1, 1, 0)),
-    ("n2", lambda: theory.pi_maj_middle(0.5, 10, 0, 1, 1, 0)),
-    ("n1", lambda: theory.pi_maj_tight(0.5, 1, 2, 1, 1, 0)),
-    ("n2", lambda: theory.pi_maj_tight(0.5, 1, 0, 1, 1, 0)),
-    ("nk", lambda: theory.pi_maj_multi_simple(10, 0, 20, 1, 1, 0)),
-    ("cos", lambda: theory.pi_maj_exact(0.5, 10, 10, 1, 1, -1)),
-    ("cos", lambda: theory.simulate_pi_maj(9, 9, 1, 1, -1, 0.5)),
-    ("dim", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, dim=1)),
-    ("dim", lambda: theory.orthogonal_means(5, 1, 4)),
-    ("trials", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, trials=0)),
-    ("seed", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, seed=-1)),
-    ("sigma", lambda: theory.simulate_pi_maj(9, 1, 1, math.nan, 0)),
-    ("counts", lambda: theory.simulate((3, 1.5), np.eye(2), 1)),
-    ("means", lambda: theory.pi_maj_multi((3, 2), np.array([[1.0, 0], [2.0, 0]]), 1)),
-    ("means", lambda: theory.pi_maj_multi((3, 2), np.zeros((2, 2)), 1)),
-    ("means", lambda: theory.pi_maj_multi((3, 2), np.ones((2, 2)), 1)),
-    ("means", lambda: theory.pi_maj_multi((3, 2), np.ones(2), 1)),
-    ("means", lambda: theory.pi_maj_multi((3,), np.eye(1), 1)),
-    ("means", lambda: theory.pi_maj_multi((3, 2, 1), np.eye(2), 1)),
-    ("means", lambda: theory.pi_maj_multi_exact(0.5, (3, 3), np.array([[1.0, 0], [-1.0, 0]]), 1)),
-    ("counts", lambda: theory.pi_maj_multi((3, 0), np.eye(2), 1)),
-    ("alpha", lambda: theory.pi_maj_multi_any(1.1, 10, 1, 1, 1, 0)),
-    ("n ", lambda: theory.pi_maj_multi_any(0.5, 0, 1, 1, 1, 0)),
-    ("nk", lambda: theory.pi_maj_multi_any(0.5, 10, 0, 1, 1, 0)),
-    ("nk", lambda: theory.pi_maj_multi_any(0.5, [20, 10], 11, 1, 1, 0)),
-    ("mu", lambda: theory.pi_maj_multi_any(0.5, 10, 1, 0, 1, 0)),
-    ("sigma", lambda: theory.pi_maj_multi_any(0.5, 10, 1, 1, -1, 0)),
-    ("cos", lambda: theory.pi_maj_multi_any(0.5, 10, 1, 1, 1, 1)),
-    ("cos", lambda: theory.pi_maj_multi_any_simple(0.5, 10, 1, 1, -2)),
-])
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("n ", lambda: theory.pi_maj(0.9, 0, 1, 1, 0)),
+        ("n ", lambda: theory.pi_maj(0.9, math.inf, 1, 1, 0)),
+        ("n ", lambda: theory.pi_maj(0.9, [], 1, 1, 0)),
+        ("sigma", lambda: theory.pi_maj(0.9, 10, 1, 0, 0)),
+        ("mu", lambda: theory.pi_maj(0.9, 10, -1, 1, 0)),
+        ("mu", lambda: theory.pi_maj(0.9, 10, math.inf, 1, 0)),
+        ("cos", lambda: theory.pi_maj(0.9, 10, 1, 1, 1.0)),
+        ("cos", lambda: theory.pi_maj(0.9, 10, 1, 1, [0, -1.1])),
+        ("a ", lambda: theory.pi_maj(1.1, 10, 1, 1, 0)),
+        ("a ", lambda: theory.pi_maj(-0.1, 10, 1, 1, 0)),
+        ("alpha", lambda: theory.pi_maj_bound(-0.1, 10, 1, 1, 0)),
+        ("alpha", lambda: theory.pi_maj_exact(1.1, 10, 1, 1, 1, 0)),
+        ("n2", lambda: theory.pi_maj_exact(0.5, 10, 0, 1, 1, 0)),
+        ("n2", lambda: theory.pi_maj_middle(0.5, 10, 0, 1, 1, 0)),
+        ("n1", lambda: theory.pi_maj_tight(0.5, 1, 2, 1, 1, 0)),
+        ("n2", lambda: theory.pi_maj_tight(0.5, 1, 0, 1, 1, 0)),
+        ("nk", lambda: theory.pi_maj_multi_simple(10, 0, 20, 1, 1, 0)),
+        ("cos", lambda: theory.pi_maj_exact(0.5, 10, 10, 1, 1, -1)),
+        ("cos", lambda: theory.simulate_pi_maj(9, 9, 1, 1, -1, 0.5)),
+        ("dim", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, dim=1)),
+        ("dim", lambda: theory.orthogonal_means(5, 1, 4)),
+        ("trials", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, trials=0)),
+        ("seed", lambda: theory.simulate_pi_maj(9, 1, 1, 1, 0, seed=-1)),
+        ("sigma", lambda: theory.simulate_pi_maj(9, 1, 1, math.nan, 0)),
+        ("counts", lambda: theory.simulate((3, 1.5), np.eye(2), 1)),
+        ("means", lambda: theory.pi_maj_multi((3, 2), np.array([[1.0, 0], [2.0, 0]]), 1)),
+        ("means", lambda: theory.pi_maj_multi((3, 2), np.zeros((2, 2)), 1)),
+        ("means", lambda: theory.pi_maj_multi((3, 2), np.ones((2, 2)), 1)),
+        ("means", lambda: theory.pi_maj_multi((3, 2), np.ones(2), 1)),
+        ("means", lambda: theory.pi_maj_multi((3,), np.eye(1), 1)),
+        ("means", lambda: theory.pi_maj_multi((3, 2, 1), np.eye(2), 1)),
+        (
+            "means",
+            lambda: theory.pi_maj_multi_exact(0.5, (3, 3), np.array([[1.0, 0], [-1.0, 0]]), 1),
+        ),
+        ("counts", lambda: theory.pi_maj_multi((3, 0), np.eye(2), 1)),
+        ("alpha", lambda: theory.pi_maj_multi_any(1.1, 10, 1, 1, 1, 0)),
+        ("n ", lambda: theory.pi_maj_multi_any(0.5, 0, 1, 1, 1, 0)),
+        ("nk", lambda: theory.pi_maj_multi_any(0.5, 10, 0, 1, 1, 0)),
+        ("nk", lambda: theory.pi_maj_multi_any(0.5, [20, 10], 11, 1, 1, 0)),
+        ("mu", lambda: theory.pi_maj_multi_any(0.5, 10, 1, 0, 1, 0)),
+        ("sigma", lambda: theory.pi_maj_multi_any(0.5, 10, 1, 1, -1, 0)),
+        ("cos", lambda: theory.pi_maj_multi_any(0.5, 10, 1, 1, 1, 1)),
+        ("cos", lambda: theory.pi_maj_multi_any_simple(0.5, 10, 1, 1, -2)),
+    ],
+)
 def test_theory_nonsense_is_a_value_error_that_names_the_parameter(name, call):
     with pytest.raises(ValueError, match=f"^{name}"):
         call()
@@ -2209,10 +3015,13 @@ def test_theory_command_line(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "p").iterdir()} == {"pi_maj.png", "bounds.png"}
     (tmp_path / "file").write_text("")
     beneath = str(tmp_path / "file" / "p")
-    for bad, says in ((["--trials", "0"], "trials is 0"), (["--seed", "-1"], "seed is -1"),
-                      (["--trials", "x"], "invalid int"),
-                      (["--plot", str(tmp_path / "file")], "a file"),
-                      (["--plot", beneath], "a file")):
+    for bad, says in (
+        (["--trials", "0"], "trials is 0"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--trials", "x"], "invalid int"),
+        (["--plot", str(tmp_path / "file")], "a file"),
+        (["--plot", beneath], "a file"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             theory.main(bad)
         err = capsys.readouterr().err
@@ -2227,7 +3036,7 @@ def test_theory_exits_with_1_where_a_formula_is_wrong(monkeypatch, capsys):
     assert theory.main(["--trials", "2000"]) == 1 and "FAILS" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # README
 
 
@@ -2238,13 +3047,21 @@ def test_readme_links_lead_to_the_lines_they_name():
     """Equations and functions alike: the line that a link names holds what its text says."""
     lines = (HERE / "cm.py").read_text().splitlines()
     links = re.findall(r"\[([^\]]*)\]\(cm\.py#L(\d+)\)", README)
-    says = {"Eq. (1)": "# Eq. (1)", "Eq. (2)": "# Eq. (2)", "Eq. (3)": "# Eq. (3)", "Eq. (4)": "# Eq. (4)",
-            "losses of one batch": "def forward(self, x0, y, t, eps, y_in):", "step": "def update(",
-            "DDIM": "def ddim("}
+    says = {
+        "Eq. (1)": "# Eq. (1)",
+        "Eq. (2)": "# Eq. (2)",
+        "Eq. (3)": "# Eq. (3)",
+        "Eq. (4)": "# Eq. (4)",
+        "losses of one batch": "def forward(self, x0, y, t, eps, y_in):",
+        "step": "def update(",
+        "DDIM": "def ddim(",
+    }
     assert {text for text, _ in links} == set(says)
     for text, line in links:
         assert says[text] in lines[int(line) - 1], (text, line)
-    for target in re.findall(r"\]\((?!cm\.py#|http|#)([^)]+)\)", README) + re.findall(r'src="([^"]+)"', README):
+    for target in re.findall(r"\]\((?!cm\.py#|http|#)([^)]+)\)", README) + re.findall(
+        r'src="([^"]+)"', README
+    ):
         assert (HERE / target).exists(), target
 
 
@@ -2277,8 +3094,17 @@ def test_readme_training_step_runs_as_printed():
     torch.manual_seed(0)
     net = cm.UNet(4, 1, 8, 8, (1, 2), 1, (4,), dropout=0.5)
     x0, y, t, eps = batch()
-    names = dict(cm=cm, torch=torch, net=net, counts=[40, 9, 4, 1], x0=x0, y=y, t=t, eps=eps,
-                 alpha_bar=cm.make_alpha_bar())
+    names = dict(
+        cm=cm,
+        torch=torch,
+        net=net,
+        counts=[40, 9, 4, 1],
+        x0=x0,
+        y=y,
+        t=t,
+        eps=eps,
+        alpha_bar=cm.make_alpha_bar(),
+    )
     exec(code, names)
     assert names["loss_cm"].abs().max() == 0  # BA = 0, and the same masks
     before, step = names["loss"], code.split("# Eq. (3)\n")[1]
@@ -2291,8 +3117,11 @@ def test_readme_training_step_runs_as_printed():
 def test_readme_shows_the_studys_summary_as_its_command_prints_it(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tabulate")
     from experiments import study
+
     monkeypatch.chdir(HERE)
-    command = re.search(r"python -m experiments\.study (--table --summary --rows\s+\S+csv)", README)[1]
+    command = re.search(
+        r"python -m experiments\.study (--table --summary --rows\s+\S+csv)", README
+    )[1]
     study.main([*command.split(), "--assets", str(tmp_path)])
     table = capsys.readouterr().out.split("\n\n", 1)[1].strip()
     assert table in README and table.count("\n") == 7
