@@ -32,6 +32,8 @@ import pickle
 import signal
 import sys
 import time
+import warnings
+import zlib
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -104,6 +106,9 @@ def reserve_capacity(module, rank_ratio=0.1):
             full_rank = min(layer.weight.flatten(1).shape)
             largest = max(largest, full_rank)
             rank = int(rank_ratio * full_rank)
+            if "weight" not in layer._parameters or layer._forward_pre_hooks:
+                raise ValueError("a layer's weight is computed from others (weight norm, "
+                                 "parametrization); capacity is reserved in plain layers only")
             if rank > 0:
                 reserved[layer] = LowRankReserved(layer, rank)
     if not reserved:
@@ -424,9 +429,9 @@ def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0,
 
     def predict(x, t):
         t = torch.full_like(labels, t)
-        eps = model(x, t, labels)
+        eps = model(x, t, labels).float()  # the steps are taken in float32, under autocast too
         if guidance:
-            eps = eps + guidance * (eps - model(x, t, torch.full_like(labels, -1)))
+            eps = eps + guidance * (eps - model(x, t, torch.full_like(labels, -1)).float())
         return eps
 
     was_training = isinstance(model, nn.Module) and model.training
@@ -728,7 +733,7 @@ def read_idx(path):
             raw = file.read()
         dims = np.frombuffer(raw, ">u4", raw[3], 4) if raw[:3] == b"\0\0\x08" else ()
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
-    except (ValueError, IndexError, EOFError, gzip.BadGzipFile):
+    except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error):
         raise ValueError(f"{path} is not a whole idx file of bytes; fetch it again") from None
 
 
@@ -810,7 +815,7 @@ def read_folder(root, size, train):
     def decode(file):
         try:
             image = folder.pil_loader(file)
-        except OSError as e:
+        except Exception as e:  # PIL has many kinds
             raise ValueError(f"{file} can't be read as an image ({e})") from None
         scale = size / min(image.size)
         sides = [max(size, round(s * scale)) for s in image.size]
@@ -957,6 +962,8 @@ def pick_device(name=None):
                              f"(float64, dropout masks drawn again)")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        elif device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"--device {name} would put all processes on one GPU; type cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
@@ -1013,7 +1020,8 @@ def load_checkpoint(path):
     """The dict that training saved. Raises ValueError where `path` is no such checkpoint."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            pickle.UnpicklingError) as e:
         reason = "truncated, or not a PyTorch file"
         if isinstance(e, OSError) and e.strerror:
             reason = e.strerror
@@ -1095,6 +1103,7 @@ class Log:
     def add(self, y, loss, base, cm, d, grad_norm):
         self.sums.index_add_(1, y, torch.stack([base, d, torch.ones_like(d)]).double())
         one = torch.ones_like(loss)
+        grad_norm = grad_norm.nan_to_num(0, 0, 0)  # of a step that float16's scaler skipped
         self.totals += torch.stack([loss, base.mean(), cm.mean(), grad_norm, one]).double()
 
     def summed(self):
@@ -1148,11 +1157,12 @@ def prepare_run(config, typed, losses, network):
         written = json.loads((out / "config.json").read_text())
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in written["options"].items()}
         saved = Config(**saved)
+        trained = {kind: written[kind] for kind in ("losses", "network")}
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"there is no run to resume in {out}") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{out}/config.json is not a configuration that cm.py wrote") from None
-    check_made_of(written, losses, network, out)
+    check_made_of(trained, losses, network, out)
     free = {"steps", "out", "resume", "device"}
     for name in sorted(typed - free):
         if getattr(config, name) != getattr(saved, name):
@@ -1165,6 +1175,8 @@ def prepare_run(config, typed, losses, network):
     if not (out / "checkpoint.pt").exists():
         return config, None  # killed before its first checkpoint: begin again
     state = load_checkpoint(out / "checkpoint.pt")
+    if not {"optimizer", "scaler", "log", "world", "precision"} <= state.keys():
+        raise ValueError(f"{out}/checkpoint.pt can be sampled, but not trained on: it is not whole")
     for name, value in stored_options(config).items():
         if name not in free and state["config"].get(name) != value:
             raise ValueError(f"{out}/checkpoint.pt was made with another "
@@ -1204,7 +1216,8 @@ def caught_signals():
     """A list to which SIGINT and SIGTERM add their numbers; the old handlers always come back."""
     caught, old = [], {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, lambda number, frame: caught.append(number))
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves them
+            old[number] = signal.signal(number, lambda number, frame: caught.append(number))
     try:
         yield caught
     finally:
@@ -1235,6 +1248,8 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     module = losses(unet, data.counts, config).to(device)
     model = module
     if patient:
+        # of 1x1 kernels, whose strides cuDNN writes another way for the same bytes
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         model = without_buffers(nn.parallel.DistributedDataParallel)(module)
     parameters, ema_parameters = list(unet.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), fused=True)
@@ -1249,6 +1264,9 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
         load_weights(unet, state["model"], path)
         load_weights(ema, state["ema"], path)
         optimizer.load_state_dict(state["optimizer"])
+        for p, moments in optimizer.state.items():  # fused Adam wants this device's layout
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(p).copy_(moments[name])
         if state["scaler"] and kind == "fp16":
             scaler.load_state_dict(state["scaler"])
         step_done = state["step"]
@@ -1296,15 +1314,18 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
             last = stopping or step == config.steps
             logs = step % config.log_every == 0 or step == config.steps
             saves = step % config.checkpoint_every == 0 or last
-            if unread:  # the step before: long computed, so that a GPU need not be waited for
+            if unread:  # the step before, so that a GPU need not be waited for
                 check_finite(unread, data.names, out)
             # float16's scaler skips a step whose gradient isn't finite by itself
             finite = torch.stack([loss, loss if scaler.is_enabled() else grad_norm]).isfinite()
-            unread = step, finite, y, base
+            unread = step, *on_its_way(finite), y, base
             if device.type == "cpu" or logs or saves:  # nothing is written after a bad step
                 check_finite(unread, data.names, out)
                 unread = None
             if logs or saves:
+                if scaler.is_enabled() and scaler.get_scale() < 1:
+                    raise FloatingPointError(f"float16's gradients stay infinite at step {step}; "
+                                             f"try --amp bf16 or off")
                 sums, totals = log.summed()
             if logs:
                 log.clear()
@@ -1324,7 +1345,8 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
         write_atomically(out / "merged.pt", lambda p: torch.save(merge(ema).state_dict(), p))
         report(ema, data, config, out)
     elif rank == 0:
-        print(f"stopped at step {step}; go on with: {launcher()} cm.py --out {out} --resume",
+        where = f" --device {config.device}" if config.device else ""
+        print(f"stopped at step {step}; go on with: {launcher()} cm.py --out {out} --resume{where}",
               file=sys.stderr)
     if patient:
         dist.destroy_process_group()
@@ -1363,11 +1385,23 @@ def say_what_changed(state, world, kind):
         print(f"note: precision was {state['precision']} before and is {kind} now", file=sys.stderr)
 
 
+def on_its_way(flags):
+    """(a copy of `flags` on the CPU, the event after which it is whole, None if it is already)."""
+    copied = flags.to("cpu", non_blocking=True)
+    if not flags.is_cuda:
+        return copied, None
+    event = torch.cuda.Event()
+    event.record()
+    return copied, event
+
+
 def check_finite(unread, names, out):
     """Raises FloatingPointError that names the step, its class losses and the last good checkpoint.
 
-    `unread` is (step, [loss, gradient] finite, y [B], base [B])."""
-    step, finite, y, base = unread
+    `unread` is (step, [loss, gradient] finite, its event, y [B], base [B])."""
+    step, finite, event, y, base = unread
+    if event:  # .tolist() of a flag on the GPU would wait for the step in progress, too
+        event.synchronize()
     loss_finite, gradient_finite = finite.tolist()
     if loss_finite and gradient_finite:
         return
@@ -1718,7 +1752,12 @@ class Config:
         check(math.isfinite(self.guidance), "guidance", self.guidance, "a finite number")
         sampler_steps(self.sampler, self.sample_steps)
         check(self.channels % 2 == 0, "channels", self.channels, "even")
+        check(self.channels < 128 or self.channels % 32 == 0, "channels", self.channels,
+              "divisible by 32, GroupNorm's groups, from 128 on")
+        check(self.resample <= 10, "resample", self.resample, "at most 10")
         check(min(self.multipliers) >= 1, "multipliers", self.multipliers, "at least 1 a level")
+        check(self.dataset in ("shapes", "folder") or 32 % self.image_size == 0, "image_size",
+              self.image_size, f"a divisor of 32 for {self.dataset}")
         stride = 2 ** (len(self.multipliers) - 1)
         check(self.image_size % stride == 0, "image_size", self.image_size,
               f"divisible by the network's stride, {stride}")

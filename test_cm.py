@@ -1766,6 +1766,11 @@ BAD = {  # name: (arguments, what the line must say); {d} is what `bad` makes
     "rank ratio 0": ("--rank-ratio 0", "--rank-ratio is 0"),
     "rank ratio over 1": ("--rank-ratio 1.5", "--rank-ratio is 1.5"),
     "rank ratio that reserves nothing": ("--rank-ratio 0.01", "reserves nothing"),
+    "resampling that overflows": ("--resample 150", "--resample is 150"),
+    "a size that 32 is no multiple of": ("--dataset cifar10 --image-size 24", "a divisor of 32"),
+    "resume of an older config": ("--out {d}/older --resume", "not a configuration"),
+    "resume of half a checkpoint": ("--out {d}/half_state --resume", "it is not whole"),
+    "a damaged gzip": ("--dataset fashion --data {d}/zipped", "not a whole idx file"),
     "negative margin": ("--div-margin -1", "--div-margin is -1"),
     "negative lambda": ("--lam -1", "--lam is -1"),
     "steps 0": ("--steps 0", "--steps is 0"),
@@ -1837,7 +1842,7 @@ def bad(finished, tmp_path_factory):
     write_idx(d / "short" / "train-labels-idx1-ubyte", np.zeros(10, np.uint8), False)
     raw = (d / "short" / "train-images-idx3-ubyte").read_bytes()
     (d / "short" / "train-images-idx3-ubyte").write_bytes(raw[:-5])
-    for name in ("run", "cut", "other", "network", "config"):
+    for name in ("run", "cut", "other", "network", "config", "older", "half_state"):
         shutil.copytree(finished[0], d / name)
     raw = (d / "cut" / "checkpoint.pt").read_bytes()
     (d / "cut" / "checkpoint.pt").write_bytes(raw[: len(raw) // 2])
@@ -1846,6 +1851,16 @@ def bad(finished, tmp_path_factory):
     (d / "other" / "config.json").write_text(json.dumps(config))
     (d / "config" / "config.json").write_text("{")
     state = torch.load(d / "network" / "checkpoint.pt", weights_only=True)
+    half = {k: v for k, v in state.items() if k != "optimizer"}
+    torch.save(half, d / "half_state" / "checkpoint.pt")
+    older = json.loads((d / "older" / "config.json").read_text())
+    del older["losses"]
+    (d / "older" / "config.json").write_text(json.dumps(older))
+    (d / "zipped").mkdir()
+    raw = bytearray(gzip.compress(np.random.RandomState(0).bytes(5000)))
+    raw[200:260] = bytes(60)
+    for stem in ("images-idx3", "labels-idx1"):
+        (d / "zipped" / f"train-{stem}-ubyte.gz").write_bytes(raw)
     del state["model"]["decoder.0.block1.2.B"]
     torch.save(state, d / "network" / "checkpoint.pt")
     return d
@@ -1974,6 +1989,65 @@ def test_resuming_says_what_changed_and_clears_what_a_killed_run_left(finished, 
     assert (state["world"], state["precision"], state["step"]) == (1, "off", 13)
 
 
+def test_resuming_with_moments_in_another_layout_changes_nothing(finished, tmp_path):
+    """A GPU saves Adam's moments contiguous; the CPU's fused Adam walks them as the weights lie."""
+    import shutil
+
+    weights = []
+    for change in (False, True):
+        out = tmp_path / f"run{change}"
+        shutil.copytree(finished[0], out)
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        moments = [m for s in state["optimizer"]["state"].values() for m in s.values()]
+        assert any(not m.is_contiguous() for m in moments)
+        if change:
+            for s in state["optimizer"]["state"].values():
+                s.update({k: v.contiguous() for k, v in s.items()})
+            torch.save(state, out / "checkpoint.pt")
+        assert cm.main(["--out", str(out), "--resume", "--steps", "14"]) == 0
+        weights.append(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with cm.caught_signals() as caught:
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def test_capacity_is_reserved_in_plain_layers_only():
+    from torch.nn.utils import parametrizations
+
+    for layer in (
+        parametrizations.weight_norm(nn.Linear(8, 8)),
+        torch.nn.utils.spectral_norm(nn.Linear(8, 8)),
+    ):
+        with pytest.raises(ValueError, match="plain layers only"):
+            cm.reserve_capacity(nn.Sequential(layer), 0.5)
+
+
+def test_float16_whose_gradients_stay_infinite_stops(tmp_path, monkeypatch):
+    """The scaler halves its scale at every step that it skips; on the CPU it does so too."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler)
+    update = cm.update
+
+    def infinite(loss, *rest):
+        return update(loss * 1e38 * 1e38, *rest)
+
+    monkeypatch.setattr(cm, "update", infinite)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit, match="stay infinite at step 4"):
+        cm.main(["--steps", "12", *TINY_FLAGS, "--out", str(out)])
+    assert not (out / "checkpoint.pt").exists()
+
+
 def test_how_to_go_on_is_how_it_was_started(monkeypatch):
     assert cm.launcher() == "python"
     for world, local, text in (
@@ -2042,7 +2116,7 @@ def test_gpu_a_bad_step_is_named_one_step_late_and_nothing_is_written_after_it(
 def test_gpu_compiled_masks_are_replayed():
     unet = tiny_unet(perturb=False, dropout=0.5).cuda()
     losses = cm.CapacityManipulation(unet, [40, 9, 4, 1], config(compile=True)).cuda()
-    assert losses(*(v.cuda() for v in (*batch(), batch()[1])))[3].max() == 0
+    assert losses(*(v.cuda() for v in (*batch(), batch()[1])))[3].max() < 1e-8
 
 
 def small_ba_survives_autocast(device):
