@@ -23,6 +23,7 @@ import theory
 pd = pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
 
+torch.set_num_threads(1)  # pytest -n 2 runs two processes; results repeat with as many threads
 ROOT = Path(cm.__file__).parent
 RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "experiments" / "README.md").read_text()
