@@ -1194,10 +1194,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 
 
 # One flag for every part of a step: warm-up longer than the run, an EMA whose cap acts on the last
-# two of five steps, log intervals of unequal length, many labels dropped, masks, a nonzero seed.
+# of five steps alone, log intervals of unequal length, many labels dropped, masks, a nonzero seed.
 REPLAY = (
     "--channels 8 --multipliers 1 2 --blocks 1 --attention --image-size 8 --batch-size 16 "
-    "--steps 5 --warmup 8 --lr 0.1 --ema 0.33 --seed 3 --base ddpm --log-every 3 "
+    "--steps 5 --warmup 8 --lr 0.1 --ema 0.38 --seed 3 --base ddpm --log-every 3 "
     "--label-drop 0.5"
 )
 # L_CM large enough to be seen, its bound small enough to act
@@ -1285,14 +1285,18 @@ def assert_trained_as(out, c, replayed):
     names = [name for name, _ in cm.make_unet(c, 10, 3).named_parameters()]
     for i, name in enumerate(names):
         adam = state["optimizer"]["state"][i]
-        for ours, theirs, tolerance in (
-            (parameters[i], state["model"][name], 0.01 * c.lr),
-            (ema[i], state["ema"][name], 0.01 * c.lr),
-            (first[i], adam["exp_avg"], 1e-3 * first[i].abs().max() + 1e-9),
-            (second[i], adam["exp_avg_sq"], 1e-3 * second[i].abs().max() + 1e-12),
-        ):
-            assert (ours - theirs).abs().max() < tolerance, name
         assert int(adam["step"]) == c.steps
+        if name.endswith("attention.k.bias"):
+            continue  # softmax ignores it: its gradient is rounding alone
+        for ours, theirs, unit in (
+            (parameters[i], state["model"][name], c.lr),
+            (ema[i], state["ema"][name], c.lr),
+            (first[i], adam["exp_avg"], first[i].abs().max() + 1e-6),
+            (second[i], adam["exp_avg_sq"], second[i].abs().max() + 1e-9),
+        ):
+            difference = (ours - theirs).detach().abs() / unit
+            # Adam makes the rounding of a few tiny gradients large, so the mean is bounded tighter
+            assert difference.mean() < 1e-3 and difference.max() < 0.02, name
     with open(out / "log.csv", newline="") as f:
         written = list(csv.DictReader(f))
     for row, ours in zip(written, rows, strict=True):
