@@ -500,7 +500,7 @@ def evaluate(samples, dataset=None, data=None, reference=None, features="incepti
             return {"weights": net.cpu().state_dict(), "accuracy": accuracy}
 
         state = cached(cache, "classifier", stamp, make_classifier)
-        net = Classifier(real.shape[1], num_classes).eval()
+        net = Classifier(real.shape[1], num_classes).eval().requires_grad_(False)
         net.load_state_dict(state["weights"])
         accuracy = settings["classifier accuracy"] = state["accuracy"]
         print(f"the classifier recognises {100 * accuracy:.1f} % of {held[2]}", file=sys.stderr)
