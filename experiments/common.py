@@ -99,8 +99,10 @@ def settings(flags):
     return " ".join(sorted(o for o in options if o.split(" ")[0] != "--data"))
 
 
-def run(flags, out):
+def run(flags, out, **made_of):
     """Train with cm.py's options `flags` in the directory `out`, or go on there.
+
+    made_of: cm.train's `losses` and `network`.
 
     "" where the run was finished, else at which step it ran off ("not finite at step N").
     Raises ValueError where cm.py would, and SystemExit where a signal stopped it; then the same
@@ -108,7 +110,7 @@ def run(flags, out):
     resume = ["--resume"] if (out / "config.json").is_file() else []
     config, typed = cm.parse([*flags, "--out", str(out), *resume])
     try:
-        status = cm.train(config.resolved(), typed)
+        status = cm.train(config.resolved(), typed, **made_of)
     except FloatingPointError as e:
         return re.search(r"not finite at step \d+", str(e))[0]
     if status:
@@ -131,6 +133,16 @@ def difference(ours, other, relative=False):
         values = values / other[seeds]
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.sem(skipna=False)
     return values.mean(skipna=False), half, len(values)
+
+
+def holm(p_values):
+    """Holm's (1979) adjusted p-values, in order; nan, a test that wasn't made, counts as 1."""
+    p = np.nan_to_num(np.asarray(p_values, float), nan=1.0)
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1)
+    return adjusted
 
 
 def interval(mean, half, digits=2):

@@ -1,36 +1,44 @@
-"""Does CM help? Methods x seeds on Fashion-MNIST-LT, measured on held-out images.
+"""When does CM help? Methods x seeds on Fashion-MNIST-LT: less and more data, shorter and longer
+training, without and with guidance.
 
-    python -m experiments.study --data /usr/share/datasets/fashion-mnist     # what has no row yet
-    python -m experiments.study --data DIR --stage margin     # only the sweep of div_margin
-    python -m experiments.study --table                       # tables and pictures of the rows
-    python -m experiments.study --table --rows experiments/results/first_study.csv  # [--summary]
-    python -m experiments.study --data DIR --rows experiments/results/gpu.csv --preset paper \\
-        --steps 100000                                        # a GPU, 32x32
+    python -m experiments.study --data /usr/share/datasets/fashion-mnist   # what has no row yet
+    python -m experiments.study --data DIR --stage 1000       # one stage (they are in STAGES)
+    python -m experiments.study --table                       # tables and the map of the rows
+    python -m experiments.study --table --summary             # the claims alone
+    python -m experiments.study --table --rows experiments/results/first_study.csv
 
 Options that aren't its own go to every run of cm.py. Each run has a process (on a CPU: one thread)
-and a directory of its own; a killed one goes on from its checkpoint, a finished one is a row of
-results/study.csv and is never run again.
+and a directory of its own, which keeps checkpoints and samples of every point; a killed run goes on
+from its last checkpoint, a point that has its row is never run again, and a measure that was added
+later is computed from the samples that are still there.
 
-Columns: held-out eps-loss of each class under theta (or theta_g) and d, with the same noise and
-times for every run; FD, KD, precision, recall and accuracy of `fid.py --features classifier`; all
-overall and for Many / Medium / Few.
+Columns: FD, precision, recall and accuracy of `fid.py --features classifier`, against the whole
+balanced training set; FD2, the same in the features of another classifier; held-out eps-loss under
+theta and d; all overall and for Many / Medium / Few. memorised Few: the share of generated Few
+images that lie much nearer to one training image than to any other; memorised real: the same share
+of held-out real ones.
 """
 
 import contextlib
 import fcntl
+import functools
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 import torch
-import torchvision
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
 import cm
 import fid
@@ -39,165 +47,309 @@ from experiments import common
 # ------------------------------------------------------------------------------------------------
 # What is compared
 
-MARGINS = ("0", "0.003", "0.01", "0.03", "0.1", "inf")
-CM = f"CM, m = {cm.Config.div_margin:g}"
-BASELINES = {"RS": "--no-cm --resample 0.5", "Focal": "--no-cm --base focal",
-             "CBDM": "--no-cm --base cbdm", "OC": "--no-cm --base oc"}
-COMBINED = {"CM on CBDM": "--base cbdm", "CM on OC": "--base oc"}  # Fig. 4a
-WITH_MARGIN = {f"CM, m = {m}": f"--div-margin {m}" for m in MARGINS}
-ABLATIONS = {"CM, no L_Con": "--no-con", "CM, no L_Div": "--no-div",  # Tab. 7, right
-             "CM, λ = 0": "--lam 0"}  # Eq. (1) without Eq. (2)
-SWEEPS = {"CM, λ = 0.5": "--lam 0.5", "CM, λ = 1.5": "--lam 1.5",  # Fig. 4b
-          "CM, rank ratio 0.1": "--rank-ratio 0.1",
-          "CM, rank ratio 0.5": "--rank-ratio 0.5"}  # Fig. 4c
-METHODS = {"DDPM": "--no-cm"} | BASELINES | COMBINED | WITH_MARGIN | ABLATIONS | SWEEPS
 
-STAGES = {  # name: (methods, number of seeds)
-    "margin": (["DDPM", *WITH_MARGIN], 3),
-    "main": (["DDPM", CM, "OC", "CM on OC", "CBDM", "CM on CBDM", "RS", "Focal"], 3),
-    "ablation": (list(ABLATIONS), 3),
-    "sweep": (list(SWEEPS), 1)}
-CLAIMS = {  # of each stage: (what the paper reports, the better method, the worse one)
-    "margin": [],
-    "main": [(f"Tab. 2, 3: CM beats {m}", CM, m) for m in ("DDPM", *BASELINES)]
-    + [(f"Fig. 4a: CM on {m} beats {m}", f"CM on {m}", m) for m in ("CBDM", "OC")]
-    + [("Tab. 7: θ beats θ_g", CM, f"{CM}, θ_g")],
-    "ablation": [("Tab. 7: CM beats CM without L_Con", CM, "CM, no L_Con"),
-                 ("Tab. 7: CM beats CM without L_Div", CM, "CM, no L_Div"),
-                 ("Fig. 4b: λ = 1 beats 0", CM, "CM, λ = 0")],
-    "sweep": [(f"Fig. 4b: λ = 1 beats {v}", CM, f"CM, λ = {v}") for v in ("0.5", "1.5")]
-    + [(f"Fig. 4c: CM's rank ratio beats {v}", CM, f"CM, rank ratio {v}") for v in ("0.1", "0.5")]}
+class Method(NamedTuple):
+    """base: the method it is compared with; flags: cm.py's options; general: theta_g is sampled."""
 
+    base: str
+    flags: str = ""
+    losses: type = cm.CapacityManipulation
+    network: Callable = cm.make_unet
+    general: bool = False
+
+
+METHODS = {
+    "DDPM": Method("DDPM", "--no-cm"),
+    "RS": Method("DDPM", "--no-cm --resample 0.5"),
+    "CM": Method("DDPM"),
+    "CM with RS": Method("RS", "--resample 0.5"),
+    "OC": Method("DDPM", "--no-cm --base oc"),
+    "CM on OC": Method("OC", "--base oc"),  # Fig. 4a
+    "CBDM": Method("DDPM", "--no-cm --base cbdm"),
+    "CM on CBDM": Method("CBDM", "--base cbdm"),
+    "Focal": Method("DDPM", "--no-cm --base focal"),
+    "CBDM (θ_g ⊕ θ_e)": Method("CBDM", "--base cbdm --lam 0"),  # Tab. E.2
+    "CM, θ_g": Method("CM", general=True),  # Tab. 7, left
+    "CM, no L_Con": Method("CM", "--no-con"),  # Tab. 7, right
+    "CM, no L_Div": Method("CM", "--no-div"),
+    "CM, λ = 0": Method("CM", "--lam 0"),  # Eq. (1) without Eq. (2)
+}
+FOUR = ("DDPM", "RS", "CM", "CM with RS")
+NETWORKS = {  # Fig. 4d, and the other imbalance of the paper
+    f"{name} {flags}": Method(f"DDPM {flags}", f"{METHODS[name].flags} {flags}")
+    for flags in ("--ir 50", "--multipliers 1 2 2 2", "--multipliers 1 2 3 4")
+    for name in ("DDPM", "CM")}
+METHODS |= NETWORKS
+METHODS |= {f"CM, m = {m}": Method("DDPM", f"--div-margin {m}")  # the first study's sweep
+            for m in ("0", "0.01", "0.03", "0.1", "inf")}
+
+
+class Point(NamedTuple):
+    """Where a run is sampled and measured."""
+
+    steps: int
+    guidance: int = 0
+    sampler: str = "ddim"
+
+
+class Stage(NamedTuple):
+    """Methods that are trained on the same data, with the same seeds, to the same points."""
+
+    n_max: int
+    seeds: range
+    methods: tuple
+    points: tuple
+
+
+@functools.cache
+def equal_compute(steps):
+    """The plain network's steps that cost as many FLOPs as `steps` of CM, forward and backward."""
+    flops = []
+    for no_cm in (True, False):
+        config = cm.Config(dataset="fashion", no_cm=no_cm).resolved()
+        with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
+            unet = cm.make_unet(config, 10, 1)
+            x, t = torch.zeros(2, 1, 16, 16), torch.zeros(2, dtype=torch.long)
+            losses = cm.CapacityManipulation(unet, [1] * 10, config)
+            losses(x, t, t, x, t)[0].backward()
+        flops.append(counter.get_total_flops())
+    return round(steps * flops[1] / flops[0])
+
+
+def make_stages():
+    """{name: Stage}, in the order in which they are run."""
+    end = (Point(6000),)
+    return {
+        "1000": Stage(1000, range(10, 18), FOUR, (Point(1500), *end, Point(6000, 1))),
+        "200": Stage(200, range(10, 16), FOUR,
+                     (Point(1500), Point(4000), Point(8000), Point(8000, 1))),
+        "6000": Stage(6000, range(10, 15), FOUR, end),
+        "compute": Stage(1000, range(10, 18), ("DDPM", "RS"), (Point(equal_compute(6000)),)),
+        "bases": Stage(1000, range(10, 15), ("OC", "CM on OC", "CBDM", "CM on CBDM"), end),
+        "controls": Stage(1000, range(10, 13), (
+            "CM, θ_g", "Focal", "CM, λ = 0", "CM, no L_Con", "CM, no L_Div", "CBDM (θ_g ⊕ θ_e)"),
+            end),
+        "sampler": Stage(1000, range(10, 13), ("DDPM", "CM"), (Point(6000, 0, "dpm"),)),  # G.10
+        "networks": Stage(1000, range(10, 13), tuple(NETWORKS), end)}
+
+
+KEY = ["method", "n_max", "steps", "seed", "guidance", "sampler"]
+WORDS = ("method", "sampler", "status", "device", "options")
 SPLITS = ("overall", "Many", "Medium", "Few")
-SCORES = ("FD", "KD", "precision", "recall", "accuracy")
-KEY = ["method", "seed"]
-WORDS = ("method", "status", "device", "options")
-CAVEATS = {  # of a file of rows: shown with its tables and on its pictures
+SCORES = ("FD", "precision", "recall", "accuracy")
+MEASURES = [f"{kind} {split}" for kind in (*SCORES, "FD2") for split in SPLITS]
+MEASURES += [f"{kind} {split}" for kind in ("loss", "d") for split in SPLITS[1:]]
+MEASURES += ["memorised Few", "memorised real"]
+CAVEATS = {  # of a file of rows: shown with its tables
     "first_study.csv": "First study: its seeds shared all batches, noise and sampling noise, so "
                        "its intervals are over initialisations only.\n"
                        "Its rows are repeated by commit 2134833, not by later ones."}
 
 
 def base_of(method):
-    """What a method is compared with: the plain network of its base loss; of an ablation CM."""
-    if method.startswith("CM on "):
-        return method.removeprefix("CM on ")
-    if method.endswith(", θ_g"):
-        return method.removesuffix(", θ_g")
-    return CM if method in ABLATIONS | SWEEPS else "DDPM"
-
-
-def rows_of(method):
-    """The names of a run's rows: CM is measured without its reserved part, too."""
-    return [method, f"{method}, θ_g"] if method == CM else [method]
+    """What a method is compared with; theta_g and what else the first study ran, with CM."""
+    if method in METHODS:
+        return METHODS[method].base
+    return method.removesuffix(", θ_g") if method.endswith(", θ_g") else "CM"
 
 
 # ------------------------------------------------------------------------------------------------
 # One run
 
 
-def measure(method, seed, flags, directory, num_images):
-    """Train, or go on training; sample; evaluate. The rows of one run, None where it was stopped.
+def measure(run, points, milestones, flags, directory, num_images):
+    """Train, or go on training; sample; evaluate. A row for each of `points`, None where the run
+    was stopped.
 
-    In a process of its own; what it prints goes to `directory`."""
+    run: (method, n_max, seed). A checkpoint is kept at each of `milestones` [steps]. In a process
+    of its own; what it prints goes to `directory`."""
+    method, n_max, seed = run
+    spec = METHODS[method]
     directory.mkdir(parents=True, exist_ok=True)
+    made_of = dict(losses=spec.losses, network=spec.network)
     with (open(directory / "lock", "w") as lock,
           open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
         fcntl.flock(lock, fcntl.LOCK_EX)  # a killed study may have left this run's process behind
-        own = [*METHODS[method].split(), "--seed", str(seed)]
-        try:
-            ran_off = common.run([*flags, "--base", "ddpm", *own], directory / "run")
-        except SystemExit as e:
-            if e.code < 128:  # not a signal
-                raise
-            return None
-        cuda = torch.cuda.is_available()
-        shared = dict(seed=seed, status=ran_off or "finished",
-                      device=(torch.cuda.get_device_name() if cuda
-                              else f"CPU, {torch.get_num_threads()} thread"),
-                      options=common.settings(flags))
-        if ran_off:
-            return [dict(method=name) | shared for name in rows_of(method)]
-        checkpoint = directory / "run" / "checkpoint.pt"
-        held_out = held_out_columns(checkpoint, "cuda" if cuda else "cpu")
-        rows = []
-        for name in rows_of(method):
-            general = name != method
-            samples = directory / ("samples_g.npz" if general else "samples.npz")
-            argv = ["--sample", str(checkpoint), "--out", str(samples), "--overwrite",
-                    "--num-images", str(num_images), "--seed", str(seed)]
-            cm.generate(cm.parse(argv + ["--general-only"] * general)[0])
-            scores = score_columns(samples, checkpoint, directory.parent / "fid")
-            rows.append(dict(method=name) | shared | held_out[general] | scores)
+        own = ["--base", "ddpm", *spec.flags.split(), "--n-max", str(n_max), "--seed", str(seed)]
+        last, ran_off, rows = max(point.steps for point in points), "", []
+        for steps in sorted(s for s in milestones if s <= last):
+            checkpoint = directory / f"checkpoint-{steps}.pt"
+            if not checkpoint.is_file() and not ran_off:
+                try:
+                    ran_off = common.run([*flags, *own, "--steps", str(steps)], directory / "run",
+                                         **made_of)
+                except SystemExit as e:
+                    if e.code < 128:  # not a signal
+                        raise
+                    return None
+                if not ran_off:
+                    cm.write_atomically(checkpoint, lambda path: shutil.copy(
+                        directory / "run" / "checkpoint.pt", path))
+            for point in points:
+                if point.steps == steps:
+                    row = dict(method=method, n_max=n_max, seed=seed) | point._asdict()
+                    if not ran_off:
+                        row |= measured(spec, checkpoint, point, seed, num_images)
+                    rows.append(row | dict(status=ran_off or "finished", device=device_name(),
+                                           options=common.settings(flags)))
         return rows
 
 
-def held_out_columns(checkpoint, device):
-    """Columns for theta and for theta_g: held-out loss and d of each class and split."""
-    config, ema, counts = cm.load_trained(checkpoint)
-    data = cm.Data(config, device)
-    loss, loss_g, d = cm.held_out_loss(ema.to(device), data.held_out, data.held_out_labels,
-                                       len(counts), per_class=200, times=10)
-
-    def columns(kind, values):
-        of_class = {f"{kind} {k}": float(v) for k, v in enumerate(values)}
-        return of_class | {f"{kind} {split}": float(values[classes].nanmean())
-                           for split, classes in cm.splits(counts).items()}
-    return columns("loss", loss) | columns("d", d), columns("loss", loss_g) | columns("d", d)
+def device_name():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} thread"
 
 
-def score_columns(samples, checkpoint, cache):
-    """Columns of the evaluation of generated images, overall and by split."""
-    config = cm.load_trained(checkpoint)[0]
+def samples_of(spec, directory, point):
+    """Where the samples of a point lie."""
+    kind = "general-" if spec.general else ""
+    return directory / f"samples-{kind}{point.steps}-{point.sampler}-g{point.guidance}.npz"
+
+
+def measured(spec, checkpoint, point, seed, num_images):
+    """The columns MEASURES of one point; draws its samples where there are none."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    cache = checkpoint.parents[1] / "fid"
+    samples = samples_of(spec, checkpoint.parent, point)
+    if not samples.is_file():
+        argv = ["--sample", str(checkpoint), "--out", str(samples), "--num-images",
+                str(num_images), "--seed", str(seed), "--sampler", point.sampler,
+                "--guidance", str(point.guidance)]
+        cm.generate(cm.parse(argv + ["--general-only"] * spec.general)[0],
+                    losses=spec.losses, network=spec.network)
+    config, ema, counts = cm.load_trained(checkpoint, losses=spec.losses, network=spec.network)
+    data = cm.Data(config)
+    images, labels, _ = fid.read_images(samples)
     scores = fid.evaluate(samples, config.dataset, config.data, features="classifier",
                           device=device, cache=cache)
-    return {f"{kind} {split}": float(scores[split][kind])
-            for kind in SCORES for split in SPLITS if split in scores}
+    row = {f"{kind} {split}": scores[split][kind] for kind in SCORES for split in SPLITS}
+    row |= second_distances(images, labels, counts, config, device, cache)
+    held_out = cm.held_out_loss(ema.to(device), data.held_out.to(device),
+                                data.held_out_labels.to(device), len(counts), 200, 10)
+    few = torch.as_tensor(cm.splits(counts)["Few"])
+    for split, classes in cm.splits(counts).items():
+        row[f"loss {split}"] = float(held_out[int(spec.general)][classes].nanmean())
+        row[f"d {split}"] = float(held_out[2][classes].nanmean())
+    row["memorised Few"] = memorised(images[torch.isin(labels, few)], data.images)
+    row["memorised real"] = memorised(data.held_out[torch.isin(data.held_out_labels, few)],
+                                      data.images)
+    return row
+
+
+def second_distances(images, labels, counts, config, device, cache):
+    """FD2: Fréchet distances, overall and by split, in the features of a classifier that was
+    trained with another seed than fid.py's."""
+    real, real_labels, classes, _ = fid.real_set(config.dataset, config.data, None,
+                                                 config.image_size)
+
+    def make():
+        held = cm.load_dataset(config.dataset, config.data, config.image_size, train=False)
+        net, _ = fid.train_classifier(real, real_labels, fid.chw(held[0]),
+                                      torch.from_numpy(held[1]), classes, device, seed=1)
+        return {"weights": net.cpu().state_dict(),
+                "features": fid.extract(net.to(device), real, "real images")[0].cpu()}
+
+    state = fid.cached(cache, "second", [real.numpy().tobytes(), tuple(real.shape)], make)
+    net = fid.Classifier(real.shape[1], classes).eval().requires_grad_(False).to(device)
+    net.load_state_dict(state["weights"])
+    generated = fid.extract(net, images, "generated images")[0].cpu()
+    row = {"FD2 overall": fid.frechet_distance(state["features"], generated)}
+    for split, of_split in cm.splits(counts).items():
+        r, g = (torch.isin(y, torch.as_tensor(of_split)) for y in (real_labels, labels))
+        row[f"FD2 {split}"] = fid.frechet_distance(state["features"][r], generated[g])
+    return row
+
+
+def memorised(images, training):
+    """The share of `images` whose distance to the nearest training image is below a third of that
+    to the second nearest (Yoon et al. 2023). uint8 [N, C, H, W] and [M, C, H, W]."""
+    training = training.flatten(1).double()
+    nearest = torch.cat([torch.cdist(part.flatten(1).double(), training)
+                        .topk(2, largest=False).values for part in images.split(500)])
+    return float((nearest[:, 0] < nearest[:, 1] / 3).double().mean())
 
 
 # ------------------------------------------------------------------------------------------------
 # All runs
 
 
-def in_order(rows):
-    """Rows by method, as METHODS has them, then by seed."""
-    names = [name for method in METHODS for name in (method, f"{method}, θ_g")]
-    place = rows["method"].map(names.index)
-    return rows.iloc[np.lexsort((rows["seed"].astype(int), place))]
+def directory_of(run, runs):
+    method, n_max, seed = run
+    name = re.sub(r"[^\w]+", "-", method.removesuffix(", θ_g"))  # theta_g is CM's
+    return runs / f"{n_max}-{name}-{seed}"
 
 
-def missing_runs(stages, rows):
-    """(method, seed) of what has no rows yet: DDPM and CM first, since everything is compared with
-    them, then seed by seed."""
-    wanted = [(method, seed) for stage in stages for seed in range(STAGES[stage][1])
-              for method in STAGES[stage][0]]
-    done = set()
+def key_of(run, point):
+    """The columns KEY of a row, as text."""
+    method, n_max, seed = run
+    return method, str(n_max), str(point.steps), str(seed), str(point.guidance), point.sampler
+
+
+def milestones_of(run):
+    """All steps at which any stage measures a run: there a checkpoint is kept."""
+    method, n_max, seed = run
+    alike = {m for m in METHODS if directory_of((m, n_max, seed), Path()) ==
+             directory_of(run, Path())}
+    return sorted({p.steps for stage in make_stages().values() for p in stage.points
+                   if stage.n_max == n_max and seed in stage.seeds
+                   and alike.intersection(stage.methods)})
+
+
+def missing_points(names, rows, runs):
+    """{(method, n_max, seed): [Point]} of the stages `names`: what has no row, or lacks a measure
+    that its samples, still there, can give."""
+    done, whole = set(), set()
     if len(rows):
-        done = set(zip(rows["method"], rows["seed"].astype(int), strict=True))
-    missing = [(method, seed) for method, seed in dict.fromkeys(wanted)
-               if not all((name, seed) in done for name in rows_of(method))]
-    return sorted(missing, key=lambda run: run[0] not in ("DDPM", CM))
+        done = set(rows[KEY].itertuples(index=False, name=None))
+        measures = rows.reindex(columns=MEASURES, fill_value="")
+        whole = (measures != "").all(axis=1) | (rows["status"] != "finished")
+        whole = set(rows[whole][KEY].itertuples(index=False, name=None))
+
+    def is_missing(run, point):
+        key = key_of(run, point)
+        samples = samples_of(METHODS[run[0]], directory_of(run, runs), point)
+        return key not in done or (key not in whole and samples.is_file())
+
+    missing = {}
+    for stage in (make_stages()[name] for name in names):
+        for seed in stage.seeds:
+            for method in stage.methods:
+                run = method, stage.n_max, seed
+                points = [p for p in stage.points if is_missing(run, p)]
+                if points:
+                    missing.setdefault(run, []).extend(points)
+    return missing
 
 
-def study(stages, path, runs, flags, jobs, num_images):
+def in_order(rows):
+    """Rows by n_max, then as METHODS has them, then by seed and point."""
+    place = rows[["n_max", "seed", "steps", "guidance"]].astype(int)
+    place["method"] = rows["method"].map(list(METHODS).index)
+    place = place.sort_values(["n_max", "method", "seed", "steps", "guidance"], kind="stable")
+    return rows.loc[place.index].reset_index(drop=True)
+
+
+def study(names, path, runs, flags, jobs, num_images):
     """Run what has no row yet, `jobs` at a time. 0, or 1 where runs were stopped. Raises ValueError
     on bad options."""
-    flags = common.with_defaults(flags, steps="6000")
-    missing = missing_runs(stages, common.read_rows(path, common.settings(flags)))
-    print(f"{len(missing_runs(stages, [])) - len(missing)} runs have rows, {len(missing)} to do",
-          flush=True)
+    flags = common.with_defaults(flags, warmup="100")
+    own = {"--steps", "--n-max", "--seed"}.intersection(flags)
+    if own:
+        raise ValueError(f"{min(own)} is set by the stages (STAGES in study.py)")
+    missing = missing_points(names, common.read_rows(path, common.settings(flags)), runs)
+    total = sum(len(points) for points in missing_points(names, [], runs).values())
+    to_do = sum(map(len, missing.values()))
+    print(f"{total - to_do} points have rows, {to_do} to do in {len(missing)} runs", flush=True)
     if not torch.cuda.is_available():  # for the processes to come:
         os.environ["OMP_NUM_THREADS"] = "1"  # results repeat only with the same number of threads
     stopped = False
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
-        tasks = {}
-        for method, seed in missing:
-            directory = runs / (re.sub(r"[^\w.]+", "-", method) + f"-{seed}")
-            task = pool.submit(measure, method, seed, flags, directory, num_images)
-            tasks[task] = f"{method}, seed {seed}"
+        tasks = {pool.submit(measure, run, points, milestones_of(run), flags,
+                             directory_of(run, runs), num_images): run
+                 for run, points in missing.items()}
         try:
             for task in as_completed(tasks):
                 new = task.result()
@@ -206,8 +358,10 @@ def study(stages, path, runs, flags, jobs, num_images):
                     continue
                 rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
                 common.write_rows(path, in_order(rows))
-                print(f"{time.strftime('%H:%M')}  {tasks[task]}: {new[0]['status']}, "
-                      f"FD {new[0].get('FD overall', np.nan):.4g}", flush=True)
+                method, n_max, seed = tasks[task]
+                print(f"{time.strftime('%H:%M')}  {method}, n_max {n_max}, seed {seed}: "
+                      f"{new[-1]['status']}, FD Few {new[-1].get('FD Few', np.nan):.4g}",
+                      flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -218,192 +372,244 @@ def study(stages, path, runs, flags, jobs, num_images):
 # Tables
 
 
-def column(rows, method, name):
-    """One column of a method's runs, a Series by seed; nan where it ran off."""
-    mine = rows[rows["method"] == method].set_index("seed")
-    return mine[name] if name in mine else pd.Series(np.nan, mine.index)
+def at(rows, method, n_max, steps, guidance=0, sampler="ddim"):
+    """The rows of a method at one point, by seed."""
+    here = ((rows["method"] == method) & (rows["n_max"] == n_max) & (rows["steps"] == steps)
+            & (rows["guidance"] == guidance) & (rows["sampler"] == sampler))
+    return rows[here].set_index("seed")
 
 
-def difference(rows, method, other, name, relative=False):
-    """(mean, half-width of the 95 % interval, seeds) of method - other, paired by seed."""
-    return common.difference(column(rows, method, name), column(rows, other, name), relative)
-
-
-def verdict(mean, half, seeds):
-    """Of a difference that the paper has below 0."""
-    if seeds == 0:
-        return "not run"
-    if not np.isfinite(mean):
-        return "ran off"
-    if np.isnan(half):
-        return "not decidable at this scale (one seed)"
-    if mean + half < 0:
-        return "reproduced"
-    return "not reproduced" if mean - half > 0 else "not decidable at this scale"
-
-
-def verdict_on(rows, ours, other, name):
-    """The verdict on a claim; to beat a baseline that is itself behind DDPM shows little, and is
-    said as that."""
-    word = verdict(*difference(rows, ours, other, name))
-    if word == "reproduced" and other in BASELINES:
-        mean, half, _ = difference(rows, other, "DDPM", name)
-        if mean - half > 0:
-            return f"ahead, but {other} is itself behind DDPM"
-    return word
-
-
-def off(rows, method):
-    """Did its runs run off, to a held-out loss that is worse than that of predicting no noise?"""
-    return not column(rows, method, "loss Few").mean(skipna=False) < 1
-
-
-def members(rows, stage):
-    """The methods of a stage that have rows, after each the same without BA; first what they are
-    compared with, where that isn't among them."""
-    methods = STAGES[stage][0]
-    names = [base_of(m) for m in methods if base_of(m) not in methods]
-    for method in methods:
-        names += [method, f"{method}, θ_g"]
-    return [name for name in dict.fromkeys(names) if name in set(rows["method"])]
-
-
-def values(rows, stage):
-    """The table of what was measured: mean ± standard deviation over seeds."""
-    digits = {f"loss {s}": 4 for s in SPLITS[1:]} | {f"FD {s}": 1 for s in SPLITS}
-    digits |= {"accuracy Few": 2, "precision Few": 2, "recall Few": 2}
+def groups(rows):
+    """[(title, rows)]: what is compared with each other, by data, guidance and sampler."""
     shown = []
-    for method in members(rows, stage):
-        cells = {name: common.spread(column(rows, method, name), n) for name, n in digits.items()}
-        if off(rows, method):
-            cells |= {f"loss {s}": "ran off" for s in SPLITS[1:]}
-        shown.append({"method": method, "seeds": len(column(rows, method, "seed"))} | cells)
+    for (n_max, guidance, sampler), part in rows.groupby(["n_max", "guidance", "sampler"]):
+        title = f"n_max {n_max:,.0f}, guidance {guidance:g}"
+        shown.append((title + f", {sampler}" * (sampler != "ddim"), part))
+    return shown
+
+
+def runs_of(group):
+    """[(method, its rows by seed, its base's)] of a group; a base without rows is None."""
+    found = []
+    for method in METHODS | dict.fromkeys(group["method"]):
+        for steps in sorted(set(group.loc[group["method"] == method, "steps"])):
+            other = group[(group["method"] == base_of(method)) & (group["steps"] == steps)]
+            ours = group[(group["method"] == method) & (group["steps"] == steps)]
+            known = base_of(method) != method and len(other)
+            found.append((method, ours.set_index("seed"),
+                          other.set_index("seed") if known else None))
+    return found
+
+
+def off(run):
+    """Did it run off, to a held-out loss that is worse than that of predicting no noise?"""
+    return not run["loss Few"].mean(skipna=False) < 1
+
+
+def values(group):
+    """The table of what was measured: mean ± standard deviation over seeds."""
+    digits = {f"FD {s}": 1 for s in SPLITS} | {"FD2 Few": 1, "precision Few": 2, "recall Few": 2,
+                                                "accuracy Few": 2, "memorised Few": 3,
+                                                "memorised real": 3}
+    digits |= {f"loss {s}": 4 for s in SPLITS[1:]}
+    shown = []
+    for method, run, _ in runs_of(group):
+        cells = {name: common.spread(run[name], n) for name, n in digits.items() if name in run}
+        if off(run):
+            cells |= {name: "ran off" for name in cells if name.startswith("loss")}
+        shown.append({"method": method, "steps": f"{run['steps'].iloc[0]:.0f}",
+                      "seeds": len(run)} | cells)
     return common.markdown(shown)
 
 
-def differences(rows, stage):
+def differences(group):
     """The table of paired differences, absolute; the loss's in thousandths."""
-    scale = {f"FD {s}": 1 for s in SPLITS} | {f"loss {s}": 1000 for s in SPLITS[1:]}
+    scale = {f"FD {s}": 1 for s in SPLITS} | {"FD2 Few": 1, "recall Few": 1, "memorised Few": 1}
+    scale |= {f"loss {s}": 1000 for s in SPLITS[1:]}
+    digits = {"recall Few": 3, "memorised Few": 3}
     shown = []
-    names = members(rows, stage)
-    for method in names:
-        base = base_of(method)
-        if method == base or base not in names:
+    for method, run, base in runs_of(group):
+        if base is None:
             continue
-        ran_off = off(rows, method) or off(rows, base)
-        row = {"method − base": f"{method} − {base}"}
+        row = {"method − base": f"{method} − {base_of(method)}",
+               "steps": f"{run['steps'].iloc[0]:.0f}"}
         for name, factor in scale.items():
-            mean, half, _ = difference(rows, method, base, name)
-            title = name if factor == 1 else f"1000 × {name}"
-            row[title] = "ran off" if ran_off else common.interval(factor * mean, factor * half)
+            if name in run:
+                mean, half, _ = common.difference(run[name], base[name])
+                title = name if factor == 1 else f"{factor} × {name}"
+                row[title] = "ran off" if off(run) or off(base) else common.interval(
+                    factor * mean, factor * half, digits.get(name, 2))
+        if "FD2 Few" in row:
+            first, second = (common.difference(run[name], base[name])[0]
+                             for name in ("FD Few", "FD2 Few"))
+            row["FD2 Few"] += " (sign differs)" if first * second < 0 else ""
         shown.append(row)
     return common.markdown(shown)
 
 
-def verdicts(rows, stage):
-    """The table of what the paper reports and what came out, of what was run."""
-    measures = {"FD overall": "FD overall", "FD Few": "FD Few", "held-out loss Few": "loss Few"}
+# ------------------------------------------------------------------------------------------------
+# Claims, fixed before the runs
+
+
+def make_claims():
+    """[(n_max, (method, steps), (method it must be below, steps))], on FD Few at guidance 0."""
+    pairs = ("CM", "DDPM"), ("CM with RS", "RS")
+    ends = {200: 8000, 1000: 6000, 6000: 6000}
+    found = [(n_max, (ours, steps), (other, steps))
+             for n_max, steps in ends.items() for ours, other in pairs]
+    return found + [(1000, (ours, 6000), (other, equal_compute(6000))) for ours, other in pairs]
+
+
+def verdict(fd, p, recall, memorised):
+    """Of a claim. fd, recall, memorised: (mean, half-width, seeds) of the paired difference; p:
+    adjusted, two-sided."""
+    mean, half, seeds = fd
+    if seeds == 0:
+        return "not run"
+    if np.isnan(half):
+        return "undecided (one seed)" if seeds == 1 else "undecided (ran off)"
+    if mean - half > 0:
+        return "refuted"
+    worse = [name for name, is_worse in (("recall", recall[0] + recall[1] < 0),
+                                         ("memorisation", memorised[0] - memorised[1] > 0))
+             if is_worse]
+    if mean < 0 and p < 0.05 and not worse:
+        return "holds"
+    return (f"undecided (gain at most {max(0, half - mean):.1f}"
+            + "".join(f", {name} worse" for name in worse) + ")")
+
+
+def claims(rows):
+    """The table of the claims. p: paired t-test, two-sided, Holm over all claims."""
+    compared, p_values = [], []
+    for n_max, ours, other in make_claims():
+        pair = at(rows, ours[0], n_max, ours[1]), at(rows, other[0], n_max, other[1])
+        seeds = pair[0].index.intersection(pair[1].index)
+        compared.append(pair)
+        p_values.append(scipy.stats.ttest_rel(*(run.loc[seeds, "FD Few"] for run in pair)).pvalue
+                        if len(seeds) > 1 else np.nan)
     shown = []
-    for claim, ours, other in CLAIMS[stage]:
-        words = {title: verdict_on(rows, ours, other, name) for title, name in measures.items()}
-        if "not run" not in words.values():
-            shown.append({"the paper's result": claim} | words)
+    for (n_max, ours, other), pair, p in zip(make_claims(), compared, common.holm(p_values),
+                                             strict=True):
+        fd, recall, memorised = (common.difference(*(run[name] for run in pair)) for name in
+                                 ("FD Few", "recall Few", "memorised Few"))
+        steps = " and ".join(f"{n:,}" for n in sorted({ours[1], other[1]}))
+        shown.append({
+            "claim": f"{ours[0]} below {other[0]}", "n_max": f"{n_max:,}", "steps": steps,
+            "seeds": fd[2]} | {name: common.spread(run["FD Few"], 1) for name, run in zip(
+                ("FD Few, ours", "FD Few, theirs"), pair, strict=True)} | {
+            "difference": common.interval(*fd[:2], 1) if fd[2] else "–",
+            "recall Few": common.interval(*recall[:2], 3) if fd[2] else "–",
+            "memorised Few": common.interval(*memorised[:2], 3) if fd[2] else "–",
+            "p, Holm": f"{p:.3f}" if fd[2] > 1 else "–",
+            "verdict": verdict(fd, p, recall, memorised)})
     return common.markdown(shown)
-
-
-def summary(rows):
-    """The README's table: the main methods on Few, and FD Few's paired difference to DDPM's."""
-    digits = {"FD overall": 1, "FD Few": 1, "accuracy Few": 2, "loss Few": 4}
-    shown = []
-    for method in ("DDPM", "RS", "OC", "CBDM", CM, f"{CM}, θ_g"):
-        cells = {name: common.spread(column(rows, method, name), n) for name, n in digits.items()}
-        mean, half, _ = difference(rows, method, "DDPM", "FD Few")
-        cells["FD Few − DDPM's"] = "" if method == "DDPM" else common.interval(mean, half, 1)
-        shown.append({"method": method} | cells)
-    return common.markdown(shown)
-
-
-def table(rows, stages):
-    """The tables of the stages in Markdown, and how much is done, as text."""
-    lines = []
-    titles = {values: "mean ± standard deviation over seeds",
-              differences: "paired differences, mean and 95 % interval over seeds "
-                           "(below 0: better)",
-              verdicts: "what the paper reports, and what came out"}
-    for stage in stages:
-        for part, title in titles.items():
-            text = part(rows, stage)
-            if text:
-                lines += [f"{stage}: {title}", "", text, ""]
-    runs = set(missing_runs(stages, []))
-    done = len(runs) - len(runs.intersection(missing_runs(stages, rows)))
-    return "\n".join([*lines, f"{done} of {len(runs)} runs are done."])
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures
+# The map: difference to DDPM over passes
 
 
-def draw_theta(rows, names, title, path):
-    """theta beside theta_g, by class: held-out loss, mean and standard deviation over seeds."""
-    figure = Figure(figsize=(6.8, 3.8), layout="constrained")
-    axis = figure.subplots()
-    bars = {"DDPM": "DDPM", CM: "CM, θ", f"{CM}, θ_g": "CM, θ_g: without BA"}
-    for i, (method, label) in enumerate(bars.items()):
-        losses = [column(rows, method, f"loss {k}") for k in range(len(names))]
-        axis.bar(np.arange(len(names)) + 0.27 * (i - 1), [v.mean() for v in losses], 0.25,
-                 label=label, yerr=[v.std() for v in losses], error_kw=dict(lw=1))
-    axis.set(ylabel="held-out ε-loss")
-    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axis.legend()
-    figure.suptitle(title, fontsize=8)
-    common.save(figure, path)
+def passes(n_max, steps, options, method):
+    """How often a run drew each training image on average: (of all classes, of Few)."""
+    flags = f"{options} {METHODS[method].flags} --n-max {n_max:.0f}"
+    config = cm.parse(flags.split())[0].resolved()
+    counts = np.array(cm.class_counts(config.n_max, config.ir, 10))
+    share = counts**config.resample / (counts**config.resample).sum()
+    drawn, few = steps * config.batch_size, cm.splits(counts)["Few"]
+    return drawn / counts.sum(), drawn * share[few].sum() / counts[few].sum()
 
 
-def draw_few(rows, title, path):
-    """Each method's difference to its base on Few, in percent of the base."""
-    methods = dict.fromkeys(m for methods, _ in STAGES.values() for m in methods)
-    present = set(rows["method"])
-    compared = [(m, base_of(m)) for m in methods
-                if m in present and base_of(m) in present - {m}]
-    figure = Figure(figsize=(8.4, 0.32 * len(compared) + 1.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, name in zip(axes, ("loss Few", "FD Few"), strict=True):
-        for i, (method, base) in enumerate(compared):
-            if off(rows, method):
-                axis.text(0, i, " ran off", va="center", fontsize=8, color="C3")
-                continue
-            mean, half, seeds = difference(rows, method, base, name, relative=True)
-            several = seeds > 1
-            axis.errorbar(100 * mean, i, xerr=100 * half if several else None, capsize=3,
-                          fmt="o" if several else "x", color="C0" if several else "C1")
-        axis.axvline(0, color="k", lw=0.8)
-        axis.set(xlabel="difference to the base (left: better)")
+def map_points(rows):
+    """A table of (n_max, steps, guidance, method) of FOUR with DDPM's: passes, difference, half."""
+    found = []
+    for (n_max, steps, guidance), part in rows[rows["sampler"] == "ddim"].groupby(
+            ["n_max", "steps", "guidance"]):
+        plain = part[part["method"] == "DDPM"].set_index("seed")
+        for method in FOUR[1:]:
+            run = part[part["method"] == method].set_index("seed")
+            mean, half, seeds = common.difference(run["FD Few"], plain["FD Few"])
+            if seeds:
+                everything, few = passes(n_max, steps, part["options"].iloc[0], method)
+                found.append(dict(n_max=n_max, steps=steps, guidance=guidance, method=method,
+                                  passes=everything, few=few, mean=mean, half=half, seeds=seeds))
+    return pd.DataFrame(found)
+
+
+def map_table(rows):
+    """The map's numbers in Markdown."""
+    shown = []
+    points = map_points(rows)
+    for (n_max, steps, guidance), part in points.groupby(["n_max", "steps", "guidance"]
+                                                         ) if len(points) else ():
+        row = {"n_max": f"{n_max:,.0f}", "steps": f"{steps:,.0f}", "guidance": f"{guidance:g}",
+               "passes": f"{part['passes'].iloc[0]:.0f}"}
+        for resampled, title in ((False, "passes of Few"), (True, "with RS")):
+            few = part.loc[part["method"].str.endswith("RS") == resampled, "few"]
+            row[title] = f"{few.iloc[0]:.0f}" if len(few) else "–"
+        for method in FOUR[1:]:
+            of = part[part["method"] == method]
+            row[f"{method} − DDPM"] = (common.interval(of["mean"].iloc[0], of["half"].iloc[0], 1)
+                                       + f" ({of['seeds'].iloc[0]})" if len(of) else "–")
+        shown.append(row)
+    return common.markdown(shown)
+
+
+def draw_map(rows, path):
+    """Difference to DDPM in FD Few over passes; a panel a guidance, a line a method and n_max."""
+    points = map_points(rows)
+    if points.empty:
+        return
+    figure = Figure(figsize=(8.8, 3.8), layout="constrained")
+    weights = sorted(set(points["guidance"]))
+    axes = np.atleast_1d(figure.subplots(1, len(weights), sharey=True))
+    style = dict(zip(sorted(set(points["n_max"])), ("o", "s", "^"), strict=False))
+    color = dict(zip(FOUR[1:], ("C1", "C0", "C2"), strict=True))
+    for axis, guidance in zip(axes, weights, strict=True):
+        part = points[points["guidance"] == guidance]
+        for (n_max, method), line in part.groupby(["n_max", "method"]):
+            axis.errorbar(line["passes"], line["mean"], yerr=line["half"], capsize=3,
+                          marker=style[n_max], color=color[method], lw=1,
+                          label=f"{method}, n_max {n_max:,.0f}")
+        axis.axhline(0, color="k", lw=0.8)
+        axis.set(xscale="log", xlabel="passes over the data", title=f"guidance {guidance:g}")
         axis.grid(alpha=0.3)
-    axes[0].set(title="held-out ε-loss on Few, %", ylim=(len(compared) - 0.5, -0.5))
-    axes[0].set_yticks(range(len(compared)), [f"{m} − {base}" for m, base in compared], fontsize=8)
-    axes[1].set(title="FD on Few, %")
-    figure.suptitle(title, fontsize=8)
+    axes[0].set(ylabel="FD on Few, difference to DDPM\n(below 0: better)")
+    axes[0].legend(fontsize=7)
     common.save(figure, path)
 
 
-def class_names(rows):
-    """The names of the classes that the rows have losses of."""
-    config = cm.parse(rows["options"].iloc[0].split())[0]
-    known = {"fashion": torchvision.datasets.FashionMNIST.classes, "shapes": cm.SHAPES}
-    numbers = [name.removeprefix("loss ") for name in rows if re.fullmatch(r"loss \d+", name)]
-    return known.get(config.dataset, numbers)
+# ------------------------------------------------------------------------------------------------
+
+
+def table(rows):
+    """All tables in Markdown, as text."""
+    lines = []
+    for title, group in groups(rows):
+        for part, kind in ((values, "mean ± standard deviation over seeds"),
+                           (differences, "paired differences, mean and 95 % interval over seeds; "
+                                         "FD, memorised, loss: below 0 is better")):
+            text = part(group)
+            lines += [f"{title}: {kind}", "", text, ""] if text else []
+    return "\n".join(lines)
+
+
+def summary(rows):
+    """The claims and the map's numbers in Markdown, as text."""
+    return "\n".join(["The claims", "", claims(rows), "",
+                      "The map: difference to DDPM in FD Few (seeds)", "", map_table(rows)])
 
 
 def main(argv=None):
     parser = common.parser("study", __doc__)
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    parser.add_argument("--stage", choices=list(STAGES), nargs="+", default=list(STAGES))
-    parser.add_argument("--summary", action="store_true", help="with --table: the README's table")
+    parser.add_argument("--stage", choices=list(make_stages()), nargs="+",
+                        default=list(make_stages()))
+    parser.add_argument("--summary", action="store_true", help="with --table: claims and map")
     parser.add_argument("--jobs", type=int, default=cores, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"),
-                        help="where run directories lie")
-    parser.add_argument("--num-images", type=int, default=5000, help="generated images a run")
+                        help="where run directories lie; outside the work tree they outlive it")
+    parser.add_argument("--num-images", type=int, default=5000, help="generated images a point")
     args, flags = parser.parse_known_args(argv)
     try:
         if args.jobs < 1:
@@ -415,9 +621,9 @@ def main(argv=None):
         caveat = CAVEATS.get(args.rows.name, "")
         if caveat:
             print(caveat + "\n")
-        print(summary(rows) if args.summary else table(rows, args.stage))
-        draw_theta(rows, class_names(rows), caveat, args.assets / f"{args.rows.stem}_theta.png")
-        draw_few(rows, caveat, args.assets / f"{args.rows.stem}_few.png")
+        else:
+            draw_map(rows, args.assets / f"{args.rows.stem}_map.png")
+        print(summary(rows) if args.summary else table(rows))
         return status
     except (ValueError, OSError) as e:
         cm.fail(e)

@@ -6,9 +6,7 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +45,8 @@ def tiny_losses(reserve):
 def numbers(rows):
     """A table of numbers as it lies on disk and as a script reads it."""
     from experiments import common
-    return common.numbers(common.text(rows), ("method", "base", "counts", "end"))
+    words = "method", "base", "counts", "end", "sampler", "options"
+    return common.numbers(common.text(rows), words)
 
 
 def shown_cells(text):
@@ -320,51 +319,108 @@ def test_benchmark_in_a_miniature(capsys):
 # study.py
 
 
+def study_stages(**methods_and_points):
+    """make_stages of a miniature: {name: (n_max, seeds, methods, points)}."""
+    from experiments import study
+    stages = {name: study.Stage(*stage) for name, stage in methods_and_points.items()}
+    return lambda: stages
+
+
 def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
     from experiments import common, study
-    flags = [*MINIATURE, "--steps", "60", "--checkpoint-every", "10"]
+    flags = [*MINIATURE, "--ir", "8", "--checkpoint-every", "10"]
     own = ["--rows", str(tmp_path / "rows.csv"), "--runs", str(tmp_path / "runs"),
-           "--assets", str(tmp_path), "--num-images", "40", "--jobs", "1"]
-    process = subprocess.Popen([sys.executable, "-m", "experiments.study", *own, *flags], cwd=ROOT,
-                               start_new_session=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    checkpoint = tmp_path / "runs" / "DDPM-0" / "run" / "checkpoint.pt"
-    try:
-        for _ in range(1200):
-            if checkpoint.is_file() or process.poll() is not None:
-                break
-            time.sleep(0.1)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    killed_at = cm.load_checkpoint(checkpoint)["step"]
-    assert killed_at >= 10 and not (tmp_path / "rows.csv").exists()
-
-    monkeypatch.setattr(study, "STAGES", {
-        "margin": (["DDPM", study.CM], 1), "main": (["DDPM"], 1), "ablation": ([], 1)})
+           "--assets", str(tmp_path), "--num-images", "60", "--jobs", "1", "--stage", "a", "b"]
+    three = range(3, 4)
+    stages = study_stages(
+        a=(40, three, ("DDPM",), (study.Point(20), study.Point(60))),
+        b=(40, three, ("CM", "CM, θ_g"), (study.Point(60), study.Point(60, 1))),
+        c=(40, three, ("DDPM",), (study.Point(30),)))
+    monkeypatch.setattr(study, "make_stages", stages)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert study.main([*own, "--stage", "margin", "main", *flags]) == 0
+    directory = tmp_path / "runs" / "40-DDPM-3"
+    checkpoint = directory / "run" / "checkpoint.pt"
+
+    # killed where a signal can't be caught: the next call goes on from the checkpoint
+    monkeypatch.setattr(cm, "write_atomically", killed_after(4, cm.write_atomically))
+    with pytest.raises(KeyboardInterrupt):
+        study.measure(("DDPM", 40, 3), [study.Point(60)], [20, 30, 60],
+                      common.with_defaults(flags, warmup="100"), directory, 60)
+    monkeypatch.undo()
+    monkeypatch.setattr(study, "make_stages", stages)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert 10 <= cm.load_checkpoint(checkpoint)["step"] < 60
+
+    assert study.main([*own, *flags]) == 0
     rows = common.read_rows(tmp_path / "rows.csv")
-    assert rows["method"].tolist() == ["DDPM", study.CM, f"{study.CM}, θ_g"]
-    assert not rows.isin(["", "nan"]).any(axis=None)
-    assert f"| {study.CM} − DDPM " in capsys.readouterr().out
-    assert (tmp_path / "rows_theta.png").is_file() and (tmp_path / "rows_few.png").is_file()
+    assert rows["method"].tolist() == ["DDPM"] * 2 + ["CM"] * 2 + ["CM, θ_g"] * 2
+    assert rows[study.KEY[1:]].iloc[:4].values.tolist() == [
+        ["40", "20", "3", "0", "ddim"], ["40", "60", "3", "0", "ddim"],
+        ["40", "60", "3", "0", "ddim"], ["40", "60", "3", "1", "ddim"]]
+    assert not rows.isin(["", "nan"]).any(axis=None) and {*study.MEASURES} < {*rows.columns}
+    assert rows["options"][0].startswith("--batch-size 8 --channels 8 --checkpoint-every 10")
+    assert "| CM − DDPM " in capsys.readouterr().out and (tmp_path / "rows_map.png").is_file()
+    assert {p.name for p in directory.glob("*-*")} == {
+        "checkpoint-20.pt", "checkpoint-30.pt", "checkpoint-60.pt", "samples-20-ddim-g0.npz",
+        "samples-60-ddim-g0.npz"}
+    assert [cm.load_checkpoint(directory / f"checkpoint-{n}.pt")["step"] for n in (20, 30, 60)
+            ] == [20, 30, 60]
 
     before = (tmp_path / "rows.csv").read_bytes()
     assert study.main(own + flags) == 0
-    assert "2 runs have rows, 0 to do" in capsys.readouterr().out
+    assert "6 points have rows, 0 to do" in capsys.readouterr().out
     assert (tmp_path / "rows.csv").read_bytes() == before
-    with pytest.raises(SystemExit):
-        study.main(own + flags + ["--lr", "1e-4"])
-    assert "made with other options" in capsys.readouterr().err
+    for more, says in (("--lr 1e-4", "made with other options"), ("--steps 5", "--steps is set")):
+        with pytest.raises(SystemExit):
+            study.main(own + flags + more.split())
+        assert says in capsys.readouterr().err
 
-    # the resumed run is the uninterrupted one, and a cell is what another loop gives
-    whole = tmp_path / "whole" / "checkpoint.pt"
-    subprocess.run([sys.executable, str(ROOT / "cm.py"), *flags, "--no-cm", "--out", whole.parent],
-                   check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    one, other = (torch.load(p, weights_only=True)["ema"] for p in (whole, checkpoint))
-    assert all(torch.equal(one[k], other[k]) for k in one)
-    _, unet, _ = cm.load_trained(whole)
+    # the resumed run is the uninterrupted one, guidance and theta_g are what was sampled
+    whole = tmp_path / "whole"
+    for name, more in (("DDPM", ["--no-cm"]), ("CM", [])):
+        config, typed = cm.parse([*flags, *more, "--n-max", "40", "--steps", "60", "--seed", "3",
+                                  "--warmup", "1", "--base", "ddpm", "--out", str(whole / name)])
+        assert cm.train(config.resolved(), typed) == 0
+        ours = tmp_path / "runs" / f"40-{name}-3" / "checkpoint-60.pt"
+        one, other = (torch.load(p, weights_only=True)["ema"]
+                      for p in (whole / name / "checkpoint.pt", ours))
+        assert all(torch.equal(one[k], other[k]) for k in one)
+    for name, file, more in (("CM", "samples-60-ddim-g1", ["--guidance", "1"]),
+                             ("CM", "samples-60-ddim-g0", []),
+                             ("CM", "samples-general-60-ddim-g0", ["--general-only"])):
+        out = whole / f"{file}.npz"
+        cm.main(["--sample", str(whole / name / "checkpoint.pt"), "--num-images", "60", "--seed",
+                 "3", "--out", str(out), *more])
+        ours = np.load(tmp_path / "runs" / f"40-{name}-3" / f"{file}.npz")
+        assert all((np.load(out)[k] == ours[k]).all() for k in ours)
+
+    # a measure that was added later comes from the samples that are there
+    less = rows.assign(**{"FD2 Few": ["", *rows["FD2 Few"][1:]]})
+    common.write_rows(tmp_path / "rows.csv", less)
+    (directory / "checkpoint-30.pt").unlink()
+    assert study.main(own + flags) == 0
+    assert "5 points have rows, 1 to do in 1 runs" in capsys.readouterr().out
+    assert (tmp_path / "rows.csv").read_bytes() == before
+
+    check_cells(rows, whole / "CM" / "checkpoint.pt", whole, tmp_path / "runs" / "fid")
+
+
+def killed_after(n, write):
+    """write_atomically, n times; then what no training loop catches."""
+    left = [n]
+
+    def writes(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return write(*args)
+    return writes
+
+
+def check_cells(rows, checkpoint, samples, cache):
+    """Three of a row's cells, computed by other means: loss, FD2, memorised."""
+    config, unet, counts = cm.load_trained(checkpoint)
+    few = cm.splits(counts)["Few"]
     images, labels, _ = cm.load_dataset("shapes", None, 8, train=False)
     images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
     alpha_bar, generator, losses = cm.make_alpha_bar(), torch.Generator().manual_seed(0), []
@@ -375,94 +431,242 @@ def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
             t = torch.full_like(y, 100 * k + 50)
             with torch.no_grad():
                 predicted = unet((a.sqrt() * x0 + (1 - a).sqrt() * eps).float(), t, y)
-            losses.append(((predicted - eps) ** 2).mean((1, 2, 3))[y == 9])
-    ours = float(rows.loc[rows["method"] == "DDPM", "loss 9"].iloc[0])
-    assert abs(ours / float(torch.cat(losses).double().mean()) - 1) < 1e-4
+            mine = ((predicted - eps) ** 2).mean((1, 2, 3))
+            losses.append([float(mine[y == c].double().mean()) for c in few])
+    row = rows[(rows["method"] == "CM") & (rows["steps"] == "60") & (rows["guidance"] == "0")]
+    assert abs(float(row["loss Few"].iloc[0]) / np.mean(losses) - 1) < 1e-3
+
+    generated = np.load(samples / "samples-60-ddim-g0.npz")
+    chosen = np.isin(generated["arr_1"], few)
+    fakes = generated["arr_0"][chosen].reshape(chosen.sum(), -1).astype(float)
+    train = cm.Data(config).images.permute(0, 2, 3, 1).reshape(sum(counts), -1).double().numpy()
+    near = [sorted(np.sqrt(((x - train) ** 2).sum(1)))[:2] for x in fakes]
+    assert abs(float(row["memorised Few"].iloc[0]) - np.mean([a < b / 3 for a, b in near])) < 1e-6
+
+    import fid
+    real, real_labels, _ = cm.load_dataset("shapes", None, 8)
+    first, second = (torch.load(next(cache.glob(f"{kind}-*")), weights_only=True)["weights"]
+                     for kind in ("classifier", "second"))
+    assert not torch.equal(first["head.weight"], second["head.weight"])
+    net = fid.Classifier(3, 10).eval()
+    net.load_state_dict(second)
+    mine = fid.chw(real[np.isin(real_labels, few)])
+    with torch.no_grad():
+        a, b = (net(x)[0].double().numpy() for x in (mine, fid.chw(generated["arr_0"][chosen])))
+    covariances = np.cov(a.T), np.cov(b.T)
+    root = np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0) ** 0.5
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sum(covariances)) - 2 * root.sum()
+    assert abs(float(row["FD2 Few"].iloc[0]) / distance - 1) < 1e-3
 
 
-def test_study_goes_on_with_what_is_missing_the_reference_first():
+def test_memorised_is_1_for_copies_and_0_for_far_images():
     from experiments import study
-    everything = study.missing_runs(list(study.STAGES), [])
-    assert len(everything) == len(set(everything)) == 52
-    assert [m for m, _ in everything[:6]] == ["DDPM", study.CM] * 3
-    rows = numbers([dict(method=m, seed=s) for m, s in (("DDPM", 1), (study.CM, 0), ("RS", 0),
-                                                        (study.CM, 2), (f"{study.CM}, θ_g", 2))])
-    missing = study.missing_runs(["main"], rows)
-    done = set(study.missing_runs(["main"], [])) - set(missing)
-    assert done == {("DDPM", 1), ("RS", 0), (study.CM, 2)}  # without θ_g's a run isn't whole
-    assert study.in_order(rows[::-1])["method"].tolist() == [
-        "DDPM", "RS", study.CM, study.CM, f"{study.CM}, θ_g"]
+    generator = torch.Generator().manual_seed(0)
+    training = torch.randint(0, 256, (30, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    far = torch.randint(0, 256, (600, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    assert study.memorised(training, training) == 1 and study.memorised(far, training) == 0
+    assert study.memorised(torch.cat([training, far[:10]]), training) == 0.75
+    line = torch.tensor([0, 120], dtype=torch.uint8).view(2, 1, 1, 1)  # at 30 the ratio is 1/3
+    at = torch.tensor([[29], [30], [31], [91]], dtype=torch.uint8).view(4, 1, 1, 1)
+    assert [study.memorised(x[None], line) for x in at] == [1, 0, 0, 1]
 
 
-def study_rows(**values):
-    """Rows of a study: {method: (FD, losses)}, a value a seed of "FD Few" and "loss Few"."""
-    return numbers([{"method": m, "seed": seed, "FD Few": fd, "loss Few": loss}
-                    for m, pairs in values.items() for seed, (fd, loss) in enumerate(pairs)])
+def test_study_stages_are_what_was_fixed_beforehand():
+    from experiments import study
+    stages = study.make_stages()
+    assert list(stages)[:3] == ["1000", "200", "6000"]
+    assert [list(stages[name].seeds) for name in ("1000", "200", "6000")] == [
+        list(range(10, 18)), list(range(10, 16)), list(range(10, 15))]
+    points = study.missing_points(list(stages), [], Path("none"))
+    keys = [study.key_of(run, point) for run, points in points.items() for point in points]
+    assert len(set(keys)) == len(keys) and keys[0] == ("DDPM", "1000", "1500", "10", "0", "ddim")
+    assert [run[0] for run in list(points)[:5]] == ["DDPM", "RS", "CM", "CM with RS", "DDPM"]
+    assert {m for m, _, _ in points} <= set(study.METHODS)
+    for method in study.METHODS.values():
+        assert method.base in study.METHODS
+        cm.parse(method.flags.split())[0].resolved()
+    assert study.milestones_of(("CM, θ_g", 1000, 11)) == [1500, 6000]
+    compute = study.equal_compute(6000)
+    assert study.milestones_of(("RS", 1000, 17)) == [1500, 6000, compute]
+    assert study.milestones_of(("CM with RS", 200, 15)) == [1500, 4000, 8000]
+
+
+def test_equal_compute_is_the_ratio_of_flops():
+    """Of the forward pass alone: the gradients cost in proportion, but for BA's product."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from experiments import study
+    unet = cm.make_unet(cm.Config(dataset="fashion", no_cm=True).resolved(), 10, 1)
+    flops = []
+    x, t = torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        hidden = unet.encode(x, t, t)
+    flops.append(counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter:
+        unet.decode(*hidden)
+    flops.append(counter.get_total_flops())
+    ratio = study.equal_compute(6000) / 6000
+    assert 1 <= ratio / ((flops[0] + 2 * flops[1]) / sum(flops)) < 1.07
+    assert study.equal_compute(600) == round(600 * ratio)
+
+
+def study_rows(n_max=1000, steps=6000, guidance=0, seed=10, **values):
+    """Rows of a study: {method: [(FD Few, loss Few)]}, a value a seed."""
+    return [{"method": m, "n_max": n_max, "steps": steps, "seed": seed + i, "guidance": guidance,
+             "sampler": "ddim", "FD Few": fd, "loss Few": loss, "recall Few": 0.5 + 0.001 * i,
+             "memorised Few": 0.0, "options": "--dataset fashion"}
+            for m, pairs in values.items() for i, (fd, loss) in enumerate(pairs)]
+
+
+def test_study_rows_lie_in_order():
+    from experiments import common, study
+    rows = common.text(study_rows(RS=[(1, 1)]) + study_rows(DDPM=[(1, 1), (1, 1)])
+                       + study_rows(DDPM=[(1, 1)], steps=10929) + study_rows(200, CM=[(1, 1)])
+                       + study_rows(DDPM=[(1, 1)], guidance=1))
+    shown = study.in_order(rows)[["method", "n_max", "seed", "steps", "guidance"]].values.tolist()
+    assert shown == [["CM", "200", "10", "6000", "0"], ["DDPM", "1000", "10", "6000", "0"],
+                     ["DDPM", "1000", "10", "6000", "1"], ["DDPM", "1000", "10", "10929", "0"],
+                     ["DDPM", "1000", "11", "6000", "0"], ["RS", "1000", "10", "6000", "0"]]
+
+
+def test_study_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    from experiments import common, study
+    monkeypatch.setattr(study, "make_stages", study_stages(
+        a=(1000, range(10, 12), ("DDPM", "CM"), (study.Point(6000), study.Point(6000, 1)))))
+    rows = study_rows(DDPM=[(1, 1), (1, 1)]) + study_rows(CM=[(1, 1)], guidance=1)
+    rows = common.text([row | dict.fromkeys(study.MEASURES, 1.0) | {"status": "finished"}
+                        for row in rows])
+    missing = study.missing_points(["a"], rows, tmp_path)
+    assert missing == {("DDPM", 1000, 10): [study.Point(6000, 1)],
+                       ("CM", 1000, 10): [study.Point(6000)],
+                       ("DDPM", 1000, 11): [study.Point(6000, 1)],
+                       ("CM", 1000, 11): [study.Point(6000), study.Point(6000, 1)]}
+    lacking = rows.assign(**{"FD2 Few": ["", "1", "1"]})
+    assert study.missing_points(["a"], lacking, tmp_path) == missing  # no samples to measure
+    samples = tmp_path / "1000-DDPM-10" / "samples-6000-ddim-g0.npz"
+    samples.parent.mkdir()
+    samples.touch()
+    assert study.missing_points(["a"], lacking, tmp_path)[("DDPM", 1000, 10)] == [
+        study.Point(6000), study.Point(6000, 1)]
+    ran_off = lacking.assign(status="not finite at step 5")
+    assert study.missing_points(["a"], ran_off, tmp_path) == missing
 
 
 def test_study_verdicts():
     from experiments import study
-    nan, inf, says = math.nan, math.inf, study.verdict
-    assert says(-2, 1, 3) == "reproduced" and says(2, 1, 3) == "not reproduced"
-    assert says(-1, 1.5, 3) == says(1, 1.5, 3) == "not decidable at this scale"
-    assert says(-1, nan, 1) == "not decidable at this scale (one seed)"
-    assert says(nan, nan, 0) == "not run" and says(nan, nan, 3) == says(inf, nan, 3) == "ran off"
+    nan = math.nan
+    same = (0, 1, 3)
 
-    rows = study_rows(DDPM=[(5, 0), (5.1, 0), (5.2, 0)], OC=[(9, 0), (9.1, 0), (9.3, 0)],
-                      CBDM=[(5.5, 0), (5.7, 0), (5.7, 0)], Focal=[(5.5, 0), (4.9, 0), (5.9, 0)],
-                      RS=[(4, 0), (4.2, 0), (4.2, 0)], ours=[(3, 0), (3.1, 0), (3.3, 0)])
-    for other in ("DDPM", "RS", "Focal"):  # of Focal it can't be told whether it is behind DDPM
-        assert study.verdict_on(rows, "ours", other, "FD Few") == "reproduced"
-    for other in ("OC", "CBDM"):
-        assert study.verdict_on(rows, "ours", other, "FD Few") == (
-            f"ahead, but {other} is itself behind DDPM")
-    assert study.verdict_on(rows, "OC", "CBDM", "FD Few") == "not reproduced"
-    assert study.verdict_on(rows, "OC", "RS", "FD Few") == "not reproduced"
-    assert study.verdict_on(rows, "ours", "absent", "FD Few") == "not run"
-    ends = study_rows(worse=[(190, 0.05), (190, 1.9)], gone=[(300, 9e3)], more=[(300, 1.1)],
-                      nan=[(1, 0.1), (1, nan)])
-    assert [study.off(ends, m) for m in ("worse", "gone", "more", "nan")] == [False, *3 * [True]]
+    def says(fd, p=0.01, recall=same, memorised=same):
+        return study.verdict(fd, p, recall, memorised)
+
+    assert says((-2, 1, 3)) == "holds" and says((2, 1, 3)) == "refuted"
+    assert says((-2, 1, 3), 0.05) == "undecided (gain at most 3.0)"
+    assert says((1, 1.5, 3)) == "undecided (gain at most 0.5)"
+    assert says((2, 2, 3), 0.9) == "undecided (gain at most 0.0)"
+    assert says((-2, 1, 3), recall=(-1, 0.9, 3)) == "undecided (gain at most 3.0, recall worse)"
+    assert says((-2, 1, 3), recall=(-1, 1.1, 3)) == says((-2, 1, 3), recall=(1, 0.9, 3)) == "holds"
+    assert says((-2, 1, 3), memorised=(1, 0.9, 3)) == (
+        "undecided (gain at most 3.0, memorisation worse)")
+    assert says((-2, 1, 3), memorised=(-1, 0.9, 3)) == "holds"
+    assert says((nan, nan, 0)) == "not run" and says((-2, nan, 1)) == "undecided (one seed)"
+    assert says((nan, nan, 3)) == "undecided (ran off)"
+
+
+def test_holm_against_a_hand_worked_example():
+    from experiments import common
+    assert np.allclose(common.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert np.allclose(common.holm([0.5, math.nan, 0.001]), [1, 1, 0.003])
+
+
+def test_study_claims_are_eight_and_paired():
+    from experiments import study
+    equal = study.equal_compute(6000)
+    rows = numbers(
+        study_rows(DDPM=[(10, 0), (20, 0), (30, 0)], CM=[(8, 0), (17, 0), (28.5, 0)],
+                   RS=[(5, 0)] * 3)
+        + study_rows(DDPM=[(9, 0), (8, 0)], seed=11, steps=equal)
+        + study_rows(DDPM=[(1, 0), (1, 0), (1, 0)], CM=[(8, 0), (9, 0), (8, 0)], guidance=1))
+    table, = shown_cells(study.claims(rows))
+    assert len(table) == 2 + 8 and [row[0] for row in table[2:]] == [
+        "CM below DDPM", "CM with RS below RS"] * 4
+    assert [row[1] for row in table[2::2]] == ["200", "1,000", "6,000", "1,000"]
+    row = dict(zip(table[0], table[4], strict=True))
+    d = np.array([-2, -3, -1.5])
+    half = 4.302653 * d.std(ddof=1) / math.sqrt(3)
+    assert row["difference"] == f"{d.mean():+.1f} [{d.mean() - half:+.1f}, {d.mean() + half:+.1f}]"
+    assert row["FD Few, ours"] == "17.8 ± 10.3" and row["FD Few, theirs"] == "20.0 ± 10.0"
+    # t = mean / standard error, two-sided, times eight; the other one that ran has a larger p
+    t = d.mean() / (d.std(ddof=1) / math.sqrt(3))
+    p = 2 * (0.5 - abs(t) / (2 * math.sqrt(2 + t * t)))  # Student's t with 2 degrees of freedom
+    assert row["p, Holm"] == f"{8 * p:.3f}" and row["verdict"].startswith("undecided (gain at most")
+    assert table[5][-1] == "not run" and table[2][-1] == "not run"
+    later = dict(zip(table[0], table[8], strict=True))
+    assert later["seeds"] == "2" and later["steps"] == f"6,000 and {equal:,}"
+    assert later["difference"].startswith("+14.2 [")  # 17 - 9 and 28.5 - 8
 
 
 def test_study_compares_with_the_base_and_shows_what_ran_off():
     from experiments import study
-    assert [study.base_of(m) for m in ("RS", "CM on OC", f"{study.CM}, θ_g", "CM, λ = 0", study.CM)
-            ] == ["DDPM", "OC", study.CM, study.CM, "DDPM"]
-    rows = study_rows(**{"DDPM": [(10, 0.1), (20, 0.2)], "CM, m = 0.1": [(9, 0.3), (16, 0.6)],
-                         "CM, m = inf": [(50, 7), (60, 8)], "CM, λ = 0": [(1, 1)]})
-    assert study.members(rows, "margin") == ["DDPM", "CM, m = 0.1", "CM, m = inf"]
-    with_reference = study_rows(**{study.CM: [(1, 1)], f"{study.CM}, θ_g": [(1, 1)],
-                                   "CM, λ = 0": [(1, 1)]})
-    assert study.members(with_reference, "ablation") == [study.CM, "CM, λ = 0"]
-    values, = shown_cells(study.values(rows, "margin"))
+    assert [study.base_of(m) for m in (
+        "RS", "CM", "CM with RS", "CM on OC", "CM, θ_g", "CM, λ = 0", "CM, m = 0.01, θ_g",
+        "CM, rank ratio 0.5", "CM --ir 50")] == [
+        "DDPM", "DDPM", "RS", "OC", "CM", "CM", "CM, m = 0.01", "CM", "DDPM --ir 50"]
+    rows = [row | {"FD2 Few": row["FD Few"]} for row in study_rows(
+        **{"DDPM": [(10, 0.1), (20, 0.2)], "CM, m = 0.1": [(9, 0.3), (16, 0.6)],
+           "CM, m = inf": [(50, 7), (60, 8)]})]
+    rows[2]["FD2 Few"] = 30.0  # of the second classifier, the mean difference is above 0
+    (title, group), other = study.groups(numbers(rows + study_rows(DDPM=[(1, 1)], guidance=1)))
+    assert title == "n_max 1,000, guidance 0" and other[0] == "n_max 1,000, guidance 1"
+    values, = shown_cells(study.values(group))
     values = {row[0]: dict(zip(values[0], row, strict=True)) for row in values[2:]}
     assert values["DDPM"]["FD Few"] == "15.0 ± 7.1" and values["DDPM"]["seeds"] == "2"
     assert values["CM, m = 0.1"]["loss Few"] == "0.4500 ± 0.2121"
-    assert values["CM, m = inf"]["loss Few"] == values["CM, m = inf"]["loss Many"] == "ran off"
-    assert values["CM, m = inf"]["FD Few"] == "55.0 ± 7.1" and values["DDPM"]["FD Many"] == "–"
-    differences, = shown_cells(study.differences(rows, "margin"))
+    assert values["CM, m = inf"]["loss Few"] == "ran off"
+    assert values["CM, m = inf"]["FD Few"] == "55.0 ± 7.1"
+    differences, = shown_cells(study.differences(group))
     title, _, bounded, printed = differences
-    assert title[1:] == ["FD overall", "FD Many", "FD Medium", "FD Few", "1000 × loss Many",
-                         "1000 × loss Medium", "1000 × loss Few"]
-    assert bounded[0] == "CM, m = 0.1 − DDPM" and set(printed[1:]) == {"ran off"}
+    assert title[1:] == ["steps", "FD Few", "FD2 Few", "recall Few", "memorised Few",
+                         "1000 × loss Few"]
+    assert bounded[0] == "CM, m = 0.1 − DDPM" and printed[2] == "ran off"
     half = 12.7062 * 3 / 2  # t(0.975, 1 degree of freedom) times the standard error of -1 and -4
-    assert bounded[title.index("FD Few")] == f"-2.50 [{-2.5 - half:.2f}, +{-2.5 + half:.2f}]"
-    assert bounded[title.index("1000 × loss Few")].startswith("+300.00 [")
+    assert bounded[2] == f"-2.50 [{-2.5 - half:.2f}, +{-2.5 + half:.2f}]"
+    assert bounded[3].endswith("] (sign differs)") and bounded[-1].startswith("+300.00 [")
+    assert "differs" not in printed[3]
+    worse, gone, more, lost = (numbers(study_rows(CM=pairs)) for pairs in (
+        [(190, 0.05), (190, 1.9)], [(300, 9e3)], [(300, 1.1)], [(1, 0.1), (1, math.nan)]))
+    assert [study.off(run) for run in (worse, gone, more, lost)] == [False, *3 * [True]]
+
+
+def test_study_map_shows_passes_of_all_and_of_few():
+    from experiments import study
+    counts = np.array([1000, 599, 359, 215, 129, 77, 46, 27, 16, 10])
+    assert cm.class_counts(1000, 100, 10) == counts.tolist()
+    everything, few = study.passes(1000, 6000, "--dataset fashion", "CM")
+    assert abs(everything - 6000 * 32 / counts.sum()) < 1e-9 and abs(few - everything) < 1e-9
+    _, few = study.passes(1000, 6000, "--dataset fashion", "CM with RS")
+    share = np.sqrt(counts[6:]).sum() / np.sqrt(counts).sum()
+    assert abs(few - 6000 * 32 * share / counts[6:].sum()) < 1e-9
+    rows = numbers(study_rows(DDPM=[(10, 0), (20, 0)], RS=[(4, 0), (13, 0)])
+                   + study_rows(DDPM=[(7, 0)], CM=[(9, 0)], steps=1500))
+    table, = shown_cells(study.map_table(rows))
+    assert table[2] == ["1,000", "1,500", "0", "19", "19", "–", "–", "+2.0 (1)", "–"]
+    assert table[3][:6] == ["1,000", "6,000", "0", "77", "–", f"{few:.0f}"]
+    assert table[3][6].startswith("-6.5 [") and table[3][6].endswith("(2)")
+    assert study.map_table(numbers(study_rows(CM=[(1, 1)]))) == ""
 
 
 def test_first_study_is_labelled_and_one_cell_is_written_anew(tmp_path, capsys):
     from experiments import study
     path = RESULTS / "first_study.csv"
-    own = ["--rows", str(path), "--assets", str(tmp_path), "--table"]
-    assert study.main([*own, "--stage", "main"]) == 0
+    assert study.main(["--rows", str(path), "--assets", str(tmp_path), "--table"]) == 0
     out = capsys.readouterr().out
-    assert "over initialisations only" in out and "2134833" in out and "steps/s" not in out
-    assert {p.name for p in tmp_path.iterdir()} == {"first_study_few.png", "first_study_theta.png"}
+    assert "over initialisations only" in out and "2134833" in out
+    assert not list(tmp_path.iterdir())  # one point makes no map
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
     fd = {m: np.array([float(r["FD Few"]) for r in rows if r["method"] == m])
-          for m in ("DDPM", "CM, m = 0.003")}
-    d = fd["CM, m = 0.003"] - fd["DDPM"]
+          for m in ("DDPM", "CM")}
+    d = fd["CM"] - fd["DDPM"]
     half = 4.302653 * d.std(ddof=1) / math.sqrt(3)  # t(0.975, 2 degrees of freedom)
     assert f"{d.mean():+.2f} [{d.mean() - half:+.2f}, {d.mean() + half:+.2f}]" in out
     assert f"{fd['DDPM'].mean():.1f} ± {fd['DDPM'].std(ddof=1):.1f}" in out
