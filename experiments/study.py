@@ -4,7 +4,7 @@ training, without and with guidance.
     python -m experiments.study --data /usr/share/datasets/fashion-mnist   # what has no row yet
     python -m experiments.study --data DIR --stage 1000       # one stage (they are in STAGES)
     python -m experiments.study --table                       # tables and the map of the rows
-    python -m experiments.study --table --summary             # the claims alone
+    python -m experiments.study --table --summary             # the claims and the map's numbers
     python -m experiments.study --table --rows experiments/results/first_study.csv
 
 Options that aren't its own go to every run of cm.py. Each run has a process (on a CPU: one thread)
@@ -117,12 +117,14 @@ def equal_compute(steps):
 
 
 def make_stages():
-    """{name: Stage}, in the order in which they are run."""
+    """{name: Stage}, in the order in which they are run. Stages that are run together share their
+    runs: those for the map train nothing of their own then."""
     end = (Point(6000),)
     return {
-        "1000": Stage(1000, range(10, 18), FOUR, (Point(1500), *end, Point(6000, 1))),
-        "200": Stage(200, range(10, 16), FOUR,
-                     (Point(1500), Point(4000), Point(8000), Point(8000, 1))),
+        "1000": Stage(1000, range(10, 18), FOUR, end),
+        "1000-map": Stage(1000, range(10, 18), FOUR, (Point(1500), Point(6000, 1))),
+        "200": Stage(200, range(10, 16), FOUR, (Point(8000),)),
+        "200-map": Stage(200, range(10, 16), FOUR, (Point(1500), Point(4000), Point(8000, 1))),
         "6000": Stage(6000, range(10, 15), FOUR, end),
         "compute": Stage(1000, range(10, 18), ("DDPM", "RS"), (Point(equal_compute(6000)),)),
         "bases": Stage(1000, range(10, 15), ("OC", "CM on OC", "CBDM", "CM on CBDM"), end),
@@ -133,6 +135,7 @@ def make_stages():
         "networks": Stage(1000, range(10, 13), tuple(NETWORKS), end)}
 
 
+ENDS = {200: 8000, 1000: 6000, 6000: 6000}  # n_max: steps of the claims
 KEY = ["method", "n_max", "steps", "seed", "guidance", "sampler"]
 WORDS = ("method", "sampler", "status", "device", "options")
 SPLITS = ("overall", "Many", "Medium", "Few")
@@ -454,9 +457,8 @@ def differences(group):
 def make_claims():
     """[(n_max, (method, steps), (method it must be below, steps))], on FD Few at guidance 0."""
     pairs = ("CM", "DDPM"), ("CM with RS", "RS")
-    ends = {200: 8000, 1000: 6000, 6000: 6000}
     found = [(n_max, (ours, steps), (other, steps))
-             for n_max, steps in ends.items() for ours, other in pairs]
+             for n_max, steps in ENDS.items() for ours, other in pairs]
     return found + [(1000, (ours, 6000), (other, equal_compute(6000))) for ours, other in pairs]
 
 
@@ -594,10 +596,21 @@ def table(rows):
     return "\n".join(lines)
 
 
-def summary(rows):
-    """The claims and the map's numbers in Markdown, as text."""
-    return "\n".join(["The claims", "", claims(rows), "",
-                      "The map: difference to DDPM in FD Few (seeds)", "", map_table(rows)])
+def heart(rows):
+    """The README's table: the main methods at the end of training, without guidance."""
+    digits = {"FD overall": 1, "FD Few": 1, "recall Few": 2, "accuracy Few": 2, "loss Few": 4}
+    shown = []
+    for n_max, steps in ENDS.items():
+        plain = at(rows, "DDPM", n_max, steps)
+        for method in (*FOUR, "OC", "CBDM", "CM, θ_g"):
+            run = at(rows, method, n_max, steps)
+            if len(run):
+                cells = {name: common.spread(run[name], n) for name, n in digits.items()}
+                mean, half, pairs = common.difference(run["FD Few"], plain["FD Few"])
+                known = pairs and method != "DDPM"
+                cells["FD Few − DDPM's"] = common.interval(mean, half, 1) if known else ""
+                shown.append({"n_max": f"{n_max:,}", "method": method, "seeds": len(run)} | cells)
+    return common.markdown(shown)
 
 
 def main(argv=None):
@@ -605,7 +618,7 @@ def main(argv=None):
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     parser.add_argument("--stage", choices=list(make_stages()), nargs="+",
                         default=list(make_stages()))
-    parser.add_argument("--summary", action="store_true", help="with --table: claims and map")
+    parser.add_argument("--summary", action="store_true", help="with --table: the README's tables")
     parser.add_argument("--jobs", type=int, default=cores, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"),
                         help="where run directories lie; outside the work tree they outlive it")
@@ -623,7 +636,13 @@ def main(argv=None):
             print(caveat + "\n")
         else:
             draw_map(rows, args.assets / f"{args.rows.stem}_map.png")
-        print(summary(rows) if args.summary else table(rows))
+        if not args.summary:
+            print(table(rows))
+        elif caveat:
+            print(heart(rows))  # the claims are the second study's
+        else:
+            print("\n\n".join([heart(rows), "The claims", claims(rows),
+                               "The map: difference to DDPM in FD Few (seeds)", map_table(rows)]))
         return status
     except (ValueError, OSError) as e:
         cm.fail(e)
