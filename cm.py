@@ -1244,8 +1244,8 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     torch.manual_seed(hashed_seed("weights", config.seed))
     unet = network(config, len(data.names), data.images.shape[1])
     unet = lay_out(unet, device)
-    ema = copy.deepcopy(unet).eval().requires_grad_(False)
     module = losses(unet, data.counts, config).to(device)
+    ema = copy.deepcopy(unet).eval().requires_grad_(False)
     model = module
     if patient:
         # of 1x1 kernels, whose strides cuDNN writes another way for the same bytes

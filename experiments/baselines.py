@@ -1,0 +1,250 @@
+"""What the paper compares CM with and cm.py lacks: Overlap, ADA, Group-Expert LoRA, CBDM (LoRA).
+
+Each is a loss module, a network, or both, for `cm.train`, `cm.load_trained` and `cm.generate`;
+`BASELINES`, at the end, names them with their options. Two more need no code: CBDM (theta_g ⊕
+theta_e) is `--base cbdm --lam 0`, CM with RS is `--resample 0.5`.
+
+It has no command line. The scripts import this file.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cm
+
+# ------------------------------------------------------------------------------------------------
+# Overlap (Tab. G.12)
+
+
+class Overlap(cm.CapacityManipulation):
+    """Overlap optimization (DiffROP, Yan et al. 2024): the steps of different classes are kept
+    apart. This is our reading; its code and constants aren't published.
+
+    With eps(y), x_{t-1} is a Gaussian of variance beta_t around Algorithm C.1's mean. For y and
+    another class y' these have KL = beta_t / (2 alpha_t (1 - alpha_bar_t)) ||eps(y) - eps(y')||^2
+    nats an image if ||.||^2 is a sum over C x H x W. Here it is a mean, as in all of cm.py: KL and
+    `margin` are nats a pixel value. gamma * max(0, margin - KL) is added to DDPM's base loss,
+    nothing where the label is dropped. In log.csv that term is `cm` and KL is `d`."""
+
+    # From t = 100 on KL's factor is 0.005 to 0.01: there the push is a twentieth to a tenth of the
+    # base loss's pull, up to a distance of 0.01 to 0.02
+    gamma, margin = 10.0, 1e-4
+
+    def forward(self, x0, y, t, eps, y_in):
+        x_t = cm.add_noise(x0, t, eps, self.alpha_bar)
+        y_other = self.other_classes(y)
+        with cm.same_masks(x_t):
+            eps_other = self.decode(*self.encode(x_t, t, y_other))
+        eps_theta = self.decode(*self.encode(x_t, t, y_in))
+
+        alpha = self.alpha_bar / F.pad(self.alpha_bar[:-1], (1, 0), value=1.0)
+        factor = (1 - alpha) / (2 * alpha * (1 - self.alpha_bar))
+        kl = factor[t].float() * cm.squared_distance(eps_theta, eps_other)  # [B]
+        overlap = self.gamma * (self.margin - kl).clamp(min=0) * (y_in >= 0)
+        base = cm.squared_distance(eps_theta, eps)
+        return (base + overlap).mean(), base, overlap, kl.detach()
+
+    def other_classes(self, y):
+        """y' [B], uniform over the classes that y isn't."""
+        num_classes = len(self.counts)
+        return (y + torch.randint(1, num_classes, y.shape, device=y.device)) % num_classes
+
+
+# ------------------------------------------------------------------------------------------------
+# ADA (Tab. 2): a GAN's augmentation (Karras et al. 2020), for diffusion as in EDM (Karras et al.
+# 2022, augment.py), which CBDM's and OC's code follow: the network is told what was changed
+
+
+def draw_changes(n, flip, device=None, p=0.12):
+    """What is changed on each of n images, [8, n]: horizontal and vertical flip (0 or 1), scale,
+    angle, stretch, the stretch's axis, shift to the right and down. 0 changes nothing.
+
+    Angles are uniform in (-pi, pi), the others normal. Each kind of change comes with probability
+    p, a vertical flip with p / 2, a horizontal one with 1/2 where `flip`, else never. (EDM's code;
+    its axis is upright half the time, CBDM's code's never)"""
+    mirrored = (torch.rand(2, n, device=device) < 0.5).float()
+    vertical, scaled, turned, stretched, shifted = torch.rand(5, n, device=device) < p
+    normal = torch.randn(4, n, device=device)
+    angle, axis = math.pi * (2 * torch.rand(2, n, device=device) - 1)
+    return torch.stack([mirrored[0] * flip, mirrored[1] * vertical, normal[0] * scaled,
+                        angle * turned, normal[1] * stretched, axis * stretched,
+                        normal[2] * shifted, normal[3] * shifted])
+
+
+def numbers(changes):
+    """What the network is told of changes [8, B]: [B, 9], exactly 0 where nothing is changed."""
+    flip_x, flip_y, scale, angle, stretch, axis, right, down = changes
+    return torch.stack([flip_x, flip_y, scale, angle.cos() - 1, angle.sin(), stretch * axis.cos(),
+                        stretch * axis.sin(), right, down], 1)
+
+
+def rotation(angle):
+    """[B] -> [B, 2, 2]"""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+
+
+def warp(x, changes):
+    """Square images [B, C, H, H] after the changes [8, B], in that order, mirrored at the border.
+
+    The scale is 2^(0.2 n), the stretch 2^(0.2 n) along its axis and 2^(-0.2 n) across, the shift
+    n / 8 of the side, for the normal n. After the flips, one affine map an image, interpolated
+    once. Without a change, or with flips alone, pixels keep their bits: interpolation would round
+    them."""
+    flip_x, flip_y = changes[:2, :, None, None, None] > 0
+    scale, angle, stretch, axis, right, down = changes[2:]
+    x = torch.where(flip_x, x.flip(3), x)
+    x = torch.where(flip_y, x.flip(2), x)
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 can't tell pixels apart
+        # grid_sample asks where each pixel comes from, so this is the changes' inverse
+        shrink = torch.exp2(-0.2 * scale)[:, None, None]
+        squeeze = torch.diag_embed(torch.exp2(torch.stack([-0.2 * stretch, 0.2 * stretch], 1)))
+        squeeze = rotation(axis) @ squeeze @ rotation(-axis)
+        source = shrink * rotation(-angle) @ squeeze  # [B, 2, 2]
+        shift = torch.stack([right, down], 1)[:, :, None] / 4  # the side is 2 long
+        grid = F.affine_grid(torch.cat([source, -source @ shift], 2), x.shape, align_corners=False)
+        warped = F.grid_sample(x, grid, "bicubic", "reflection", align_corners=False)
+    return torch.where(changes[2:].any(0)[:, None, None, None], warped, x)
+
+
+class ADA(cm.CapacityManipulation):
+    """The losses of a batch of changed images. Its network is `told_unet`.
+
+    With --flip the data are mirrored already, untold; these flips come on top."""
+
+    def __init__(self, unet, counts, config):
+        super().__init__(unet, counts, config)
+        encode = self.encode
+        self.encode = lambda x_t, t, y: encode(x_t, t, y, unet.told(self.numbers))
+
+    def forward(self, x0, y, t, eps, y_in):
+        changes = draw_changes(len(x0), self.config.flip, x0.device)
+        self.numbers = numbers(changes)
+        return super().forward(warp(x0, changes), y, t, eps, y_in)
+
+
+def told_unet(config, num_classes, image_channels):
+    """A UNet with a layer for ADA's numbers. Without a bias: at sampling they are 0 and the layer
+    isn't needed."""
+    unet = cm.make_unet(config, num_classes, image_channels)
+    unet.told = nn.Linear(9, 4 * config.channels, bias=False)
+    return unet
+
+
+# ------------------------------------------------------------------------------------------------
+# Group-Expert LoRA (Sec. E.4, Tab. E.2)
+
+
+class GroupExperts(nn.Module):
+    """A Conv2d or Linear with a low-rank expert for each of three groups: W x + B_g A_g x.
+
+    `own` [B, 3] is 1 at each sample's group g, all 0 for the plain layer. The experts lie side by
+    side: A has 3 r outputs, of which a sample keeps the r of its group. B starts at zero."""
+
+    def __init__(self, layer, rank):
+        super().__init__()
+        self.layer, self.rank, self.own = layer, rank, None
+        if isinstance(layer, nn.Linear):
+            self.A = nn.Linear(layer.in_features, 3 * rank, bias=False)
+            self.B = nn.Linear(3 * rank, layer.out_features, bias=False)
+        else:
+            self.A = nn.Conv2d(layer.in_channels, 3 * rank, layer.kernel_size, layer.stride,
+                               layer.padding, bias=False)
+            self.B = nn.Conv2d(3 * rank, layer.out_channels, 1, bias=False)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x):
+        a = self.A(x)  # [B, 3 r, ...]
+        own = self.own.repeat_interleave(self.rank, 1)
+        return self.layer(x) + self.B(a * own.view(own.shape + (1,) * (a.ndim - 2)))
+
+
+class RoutedUNet(cm.UNet):
+    """A UNet whose decoder's GroupExperts each sample passes by its label, also when sampling.
+
+    `router` [C + 1, 3] is 1 where a class is in a group; its last row, y = -1, stays 0."""
+
+    def __init__(self, num_classes, *args):
+        super().__init__(num_classes, *args)
+        self.register_buffer("router", torch.zeros(num_classes + 1, 3))
+
+    def encode(self, x_t, t, y=None, extra_emb=None):
+        own = self.router[torch.full_like(t, -1) if y is None else y]
+        h, skips, emb = super().encode(x_t, t, y, extra_emb)
+        return h, skips, (emb, own)
+
+    def decode(self, h, skips, emb):
+        emb, own = emb
+        for layer in self.decoder.modules():
+            if isinstance(layer, GroupExperts):
+                layer.own = own
+        return super().decode(h, skips, emb)
+
+
+def group_expert_unet(config, num_classes, image_channels):
+    """Experts for Many, Medium and Few wherever CM reserves, with a third of its rank, at least 1.
+
+    They are trained from scratch with the general weights. Raises ValueError if unconditional."""
+    if config.unconditional:
+        raise ValueError("the label chooses the expert; leave --unconditional away")
+    unet = RoutedUNet(num_classes, image_channels, config.image_size, config.channels,
+                      config.multipliers, config.blocks, config.attention, config.dropout)
+    cm.reserve_capacity(unet.decoder, config.rank_ratio)
+    cm.replace_modules(unet.decoder, {
+        reserved: GroupExperts(reserved.layer, max(1, len(reserved.A) // 3))
+        for reserved in cm.reserved_layers(unet.decoder)})
+    return unet
+
+
+class GroupExpertLoRA(cm.CapacityManipulation):
+    """The base loss; tells the network, `group_expert_unet`, which classes are whose."""
+
+    def __init__(self, unet, counts, config):
+        super().__init__(unet, counts, config)
+        for group, classes in enumerate(cm.splits(self.counts.cpu()).values()):
+            unet.router[classes, group] = 1
+
+
+# ------------------------------------------------------------------------------------------------
+# CBDM (LoRA) (Tab. 1): a trained CBDM network, fine-tuned in a low rank
+
+
+def lora_of(checkpoint=None):
+    """A network for `cm.train`: the EMA weights of a plain network's checkpoint.pt, frozen, and in
+    the decoder a low rank BA, CM's, that is trained. It starts as that network.
+
+    Without a checkpoint it is for `cm.load_trained` and `cm.generate`, where all weights come from
+    the fine-tuned run's own. Raises ValueError where the checkpoint's network is another one."""
+
+    def frozen_with_lora(config, num_classes, image_channels):
+        unet = cm.make_unet(config, num_classes, image_channels)
+        if checkpoint:
+            cm.load_weights(unet, cm.load_trained(checkpoint)[1].state_dict(), checkpoint)
+        else:
+            for p in unet.parameters():
+                nn.init.constant_(p, math.nan)  # never to be trained on
+        unet.requires_grad_(False)
+        cm.reserve_capacity(unet.decoder, config.rank_ratio)  # A and B are trained
+        return unet
+
+    return frozen_with_lora
+
+
+class Variation(NamedTuple):
+    """Options of cm.py, and what `cm.train`, `cm.load_trained` and `cm.generate` take."""
+
+    flags: str
+    losses: type = cm.CapacityManipulation
+    network: object = cm.make_unet
+
+
+BASELINES = {
+    "ADA": Variation("--no-cm --base ddpm", ADA, told_unet),
+    "Overlap": Variation("--no-cm --base ddpm", Overlap),
+    "Group-Expert LoRA": Variation("--no-cm --base ddpm", GroupExpertLoRA, group_expert_unet),
+    # to train it: network=lora_of(the checkpoint.pt of the same seed's `--no-cm --base cbdm`)
+    "CBDM (LoRA)": Variation("--no-cm --base cbdm --steps 3000", network=lora_of())}
