@@ -1,6 +1,7 @@
 """Tests of baselines.py: each against a writing of its own, then in runs of cm.py."""
 
 import copy
+import functools
 import math
 import sys
 from pathlib import Path
@@ -64,7 +65,9 @@ def same_gradients(loss, other_loss, parameters, other_parameters=None, rtol=1e-
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
-            assert torch.allclose(a.double(), b.double(), rtol, rtol * float(b.abs().max()) + 1e-12)
+            # a key's bias moves no attention: its gradient is 0 but for rounding
+            atol = rtol * float(b.abs().max()) + (1e-15 if a.dtype == torch.float64 else 1e-8)
+            assert torch.allclose(a.double(), b.double(), rtol, atol)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -473,6 +476,12 @@ def test_two_encodings_keep_their_experts_apart():
 
 # ------------------------------------------------------------------------------------------------
 # Runs of cm.py
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    with mock.patch.object(cm, "draw_shapes", functools.cache(cm.draw_shapes)):
+        yield
 
 
 def options(name, out, *more):
