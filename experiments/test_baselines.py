@@ -422,7 +422,7 @@ def test_experts_learn_from_and_change_their_own_group_alone(classes, trained):
 
 
 def test_experts_have_a_third_of_cms_rank_and_start_at_nothing():
-    for ratio in ("0.5", "0.9", "0.07"):
+    for ratio in ("0.9", "0.07"):
         config = configure("--rank-ratio", ratio, "--channels", "16")
         torch.manual_seed(0)
         reserved = cm.make_unet(config, 4, 1)
@@ -512,12 +512,13 @@ def cbdm(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=baselines.BASELINES)
 def trained(request, cbdm, tmp_path_factory):
-    """(name, its network for training, run directory, checkpoint) after 10 steps and a report."""
+    """(name, its network for training, run directory, checkpoint) after 10 steps; a report of
+    Group-Expert LoRA's, whose decoder is its own."""
     name, out = request.param, tmp_path_factory.mktemp("run") / "whole"
     network = baselines.BASELINES[name].network
     if name == "CBDM (LoRA)":
         network = baselines.lora_of(cbdm)
-    state = train(name, out, "--steps", "10", network=network, report=True)
+    state = train(name, out, "--steps", "10", network=network, report="Expert" in name)
     return name, network, out, state
 
 
@@ -545,7 +546,9 @@ def test_a_variation_resumes_bit_for_bit(trained, tmp_path):
 
 def test_a_variation_samples_and_is_refused_as_another(trained, tmp_path):
     name, network, out, state = trained
-    assert {p.name for p in out.iterdir()} >= {"samples.png", "curves.png", "merged.pt", "log.csv"}
+    pictures = {"samples.png", "curves.png"} if "Expert" in name else set()
+    assert {p.name for p in out.iterdir()} == {"checkpoint.pt", "merged.pt", "config.json",
+                                               "log.csv", *pictures}
     _, losses, own = baselines.BASELINES[name]
     path = str(out / "checkpoint.pt")
     sampling, _ = cm.parse(["--sample", path, "--num-images", "4", "--sample-steps", "2",
