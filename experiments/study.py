@@ -42,20 +42,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cm
 import fid
-from experiments import common
+from experiments import baselines, common
 
 # ------------------------------------------------------------------------------------------------
 # What is compared
 
 
 class Method(NamedTuple):
-    """base: the method it is compared with; flags: cm.py's options; general: theta_g is sampled."""
+    """base: the method it is compared with; flags, losses, network: as in baselines.Variation;
+    general: theta_g is sampled; tunes: the steps of its base at whose weights it starts."""
 
     base: str
     flags: str = ""
     losses: type = cm.CapacityManipulation
     network: Callable = cm.make_unet
     general: bool = False
+    tunes: int = 0
 
 
 METHODS = {
@@ -73,6 +75,10 @@ METHODS = {
     "CM, no L_Con": Method("CM", "--no-con"),  # Tab. 7, right
     "CM, no L_Div": Method("CM", "--no-div"),
     "CM, λ = 0": Method("CM", "--lam 0"),  # Eq. (1) without Eq. (2)
+    "ADA": Method("DDPM", *baselines.BASELINES["ADA"]),
+    "Overlap": Method("DDPM", *baselines.BASELINES["Overlap"]),  # Tab. G.12
+    "Group-Expert LoRA": Method("DDPM", *baselines.BASELINES["Group-Expert LoRA"]),  # Tab. E.2
+    "CBDM (LoRA)": Method("CBDM", *baselines.BASELINES["CBDM (LoRA)"], tunes=6000),
 }
 FOUR = ("DDPM", "RS", "CM", "CM with RS")
 NETWORKS = {  # Fig. 4d, and the other imbalance of the paper
@@ -129,8 +135,9 @@ def make_stages():
         "compute": Stage(1000, range(10, 18), ("DDPM", "RS"), (Point(equal_compute(6000)),)),
         "bases": Stage(1000, range(10, 15), ("OC", "CM on OC", "CBDM", "CM on CBDM"), end),
         "controls": Stage(1000, range(10, 13), (
-            "CM, θ_g", "Focal", "CM, λ = 0", "CM, no L_Con", "CM, no L_Div", "CBDM (θ_g ⊕ θ_e)"),
-            end),
+            "CM, θ_g", "ADA", "Overlap", "Focal", "CM, λ = 0", "CM, no L_Con", "CM, no L_Div",
+            "CBDM (θ_g ⊕ θ_e)", "Group-Expert LoRA"), end),
+        "lora": Stage(1000, range(10, 13), ("CBDM (LoRA)",), (Point(3000),)),
         "sampler": Stage(1000, range(10, 13), ("DDPM", "CM"), (Point(6000, 0, "dpm"),)),  # G.10
         "networks": Stage(1000, range(10, 13), tuple(NETWORKS), end)}
 
@@ -149,11 +156,11 @@ CAVEATS = {  # of a file of rows: shown with its tables
                        "Its rows are repeated by commit 2134833, not by later ones."}
 
 
-def base_of(method):
-    """What a method is compared with; theta_g and what else the first study ran, with CM."""
-    if method in METHODS:
-        return METHODS[method].base
-    return method.removesuffix(", θ_g") if method.endswith(", θ_g") else "CM"
+def spec_of(method):
+    """The Method of a name; what else the first study ran is compared with CM, theta_g with theta.
+    """
+    whole = method.removesuffix(", θ_g")
+    return METHODS.get(method, Method(whole if whole != method else "CM"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -170,6 +177,9 @@ def measure(run, points, milestones, flags, directory, num_images):
     spec = METHODS[method]
     directory.mkdir(parents=True, exist_ok=True)
     made_of = dict(losses=spec.losses, network=spec.network)
+    if spec.tunes:
+        start = directory_of((spec.base, n_max, seed), directory.parent)
+        made_of["network"] = baselines.lora_of(start / f"checkpoint-{spec.tunes}.pt")
     with (open(directory / "lock", "w") as lock,
           open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
@@ -395,10 +405,11 @@ def runs_of(group):
     """[(method, its rows by seed, its base's)] of a group; a base without rows is None."""
     found = []
     for method in METHODS | dict.fromkeys(group["method"]):
-        for steps in sorted(set(group.loc[group["method"] == method, "steps"])):
-            other = group[(group["method"] == base_of(method)) & (group["steps"] == steps)]
-            ours = group[(group["method"] == method) & (group["steps"] == steps)]
-            known = base_of(method) != method and len(other)
+        spec = spec_of(method)
+        for steps, ours in group[group["method"] == method].groupby("steps"):
+            bases = group[group["method"] == spec.base]
+            other = bases[bases["steps"] == (spec.tunes or steps)]
+            known = len(other) and spec.base != method
             found.append((method, ours.set_index("seed"),
                           other.set_index("seed") if known else None))
     return found
@@ -434,7 +445,7 @@ def differences(group):
     for method, run, base in runs_of(group):
         if base is None:
             continue
-        row = {"method − base": f"{method} − {base_of(method)}",
+        row = {"method − base": f"{method} − {spec_of(method).base}",
                "steps": f"{run['steps'].iloc[0]:.0f}"}
         for name, factor in scale.items():
             if name in run:
