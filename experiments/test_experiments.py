@@ -3,6 +3,7 @@
 import csv
 import functools
 import importlib
+import inspect
 import math
 import os
 import re
@@ -1179,6 +1180,11 @@ def test_readme_has_a_command_for_each_table_and_pictures_that_are_there():
         assert any("--table" in arguments for _, arguments in commands(text)) == tables, title
     for picture in re.findall(r"\]\((\S+\.png)\)", README):
         assert (ROOT / "experiments" / picture).is_file(), picture
+
+
+def test_readme_shows_a_variation_in_full():
+    from experiments import baselines
+    assert f"```python\n{inspect.getsource(baselines.Overlap)}```\n" in README
 
 
 def test_readme_commands_parse(capsys):
