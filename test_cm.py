@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import gzip
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -66,16 +68,26 @@ def batch(n=6, num_classes=4, seed=1, dtype=torch.float32):
     return x0, torch.arange(n) % num_classes, torch.randint(1000, (n,), generator=g), eps
 
 
-def command(*args, **kw):
-    """Run cm.py on one thread, as a user would."""
-    kw.setdefault("timeout", 300)
+def process(*args):
+    """Run cm.py on one thread in a process of its own, as a user would."""
     return subprocess.run(
         [sys.executable, str(HERE / "cm.py"), *map(str, args)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        **kw,
+        timeout=300,
     )
+
+
+def command(*args):
+    """The same in this process, without the seconds that importing torch takes."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cm.main([str(a) for a in args])
+        except SystemExit as e:
+            status = e.code
+    return types.SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -851,7 +863,7 @@ def wait_for(path, process, seconds=120):
 def whole(tmp_path_factory):
     """An uninterrupted run of 40 steps."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert command("--steps", 40, *TINY_FLAGS, "--out", out).returncode == 0
+    assert process("--steps", 40, *TINY_FLAGS, "--out", out).returncode == 0
     return out
 
 
@@ -859,8 +871,12 @@ def whole(tmp_path_factory):
 def test_killed_and_resumed_ends_bit_for_bit_where_the_uninterrupted_run_ends(
     whole, tmp_path, number
 ):
+    slowly = ("import cm, sys, time; draw = cm.draw_batch\n"  # or a full machine lets it end
+              "cm.draw_batch = lambda *args: (time.sleep(0.05), draw(*args))[1]\n"
+              "sys.exit(cm.main(sys.argv[1:]))")
     process = subprocess.Popen(
-        [sys.executable, HERE / "cm.py", "--steps", "40", *TINY_FLAGS, "--out", tmp_path / "cut"],
+        [sys.executable, "-c", slowly, "--steps", "40", *TINY_FLAGS, "--out", tmp_path / "cut"],
+        cwd=HERE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -899,7 +915,7 @@ def test_longer_steps_on_resume_equals_the_longer_run_with_its_first_warmup(tmp_
 def finished(tmp_path_factory):
     """A finished tiny run on shapes."""
     out = tmp_path_factory.mktemp("run") / "shapes"
-    done = command("--steps", 12, *TINY_FLAGS, "--out", out)
+    done = process("--steps", 12, *TINY_FLAGS, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
