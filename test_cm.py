@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import json
@@ -15,6 +16,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -44,6 +46,13 @@ def on_the_cpu(request, monkeypatch):
     if "gpu" not in request.node.name:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """The shapes of one size are drawn once for all runs in this process."""
+    with mock.patch.object(cm, "draw_shapes", functools.cache(cm.draw_shapes)):
+        yield
 
 
 def tiny_unet(seed=0, num_classes=4, dropout=0.0, reserve=True, perturb=True, dtype=torch.float32):

@@ -264,8 +264,8 @@ def metric_rows(size, dim, repeats):
                 lambda: metric_prc.prc_features_to_metric(b, a, verbose=False), repeats)]
 
 
-def inception_row(repeats):
-    """fid.py's Inception (A) and torch-fidelity's (B) with the same random weights."""
+def inception_row(repeats, n=32):
+    """fid.py's Inception (A) and torch-fidelity's (B) with the same random weights, n images."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     with tempfile.TemporaryDirectory() as directory:
         weights = Path(directory) / "random.pth"
@@ -273,9 +273,9 @@ def inception_row(repeats):
         ours = fid.inception(weights)
         peer = FeatureExtractorInceptionV3("i", ["2048", "logits_unbiased"],
                                            feature_extractor_weights_path=str(weights))
-        images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+        images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
         with torch.inference_mode():
-            return compare("Inception, 32 images of 32 × 32", lambda: ours(images),
+            return compare(f"Inception, {n} images of 32 × 32", lambda: ours(images),
                            lambda: peer(images), repeats)
 
 

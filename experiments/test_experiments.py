@@ -11,6 +11,7 @@ import signal
 import sys
 from concurrent.futures import Executor, Future
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,6 +33,12 @@ README = (ROOT / "experiments" / "README.md").read_text()
 MINIATURE = ["--dataset", "shapes", "--channels", "8", "--multipliers", "1", "2",
              "--image-size", "8", "--batch-size", "8", "--rank-ratio", "0.25",
              "--warmup", "1", "--log-every", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    with mock.patch.object(cm, "draw_shapes", functools.cache(cm.draw_shapes)):
+        yield
 
 
 def tiny_losses(reserve):
@@ -303,10 +310,12 @@ def test_training_refuses_a_checkpoint_that_does_not_fit(tmp_path):
 # benchmark.py
 
 
-def test_benchmark_in_a_miniature(capsys):
+def test_benchmark_in_a_miniature(capsys, monkeypatch):
     pytest.importorskip("torch_fidelity")
     pytest.importorskip("diffusers")
     from experiments import benchmark
+    monkeypatch.setattr(benchmark, "inception_row",
+                        functools.partial(benchmark.inception_row, n=4))
     benchmark.main(["--repeats", "1", "--size", "200", "--dim", "64", "--preset", "small",
                     "--batch-size", "2"])
     out = capsys.readouterr().out
@@ -332,7 +341,6 @@ def study_stages(**methods_and_points):
 
 def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
     from experiments import common, study
-    monkeypatch.setattr(cm, "load_dataset", functools.cache(cm.load_dataset))  # drawn once
     monkeypatch.setattr(cm, "report", lambda *args: None)
     flags = [*MINIATURE, "--ir", "8", "--checkpoint-every", "10"]
     own = ["--rows", str(tmp_path / "rows.csv"), "--runs", str(tmp_path / "runs"),
@@ -478,7 +486,6 @@ def check_cells(rows, checkpoint, samples, cache):
 
 def test_a_method_that_tunes_starts_at_its_base_and_is_compared_with_it(tmp_path, monkeypatch):
     from experiments import common, study
-    monkeypatch.setattr(cm, "load_dataset", functools.cache(cm.load_dataset))
     monkeypatch.setattr(cm, "report", lambda *args: None)
     monkeypatch.setattr(study, "measured", lambda *args: {})
     monkeypatch.setitem(study.METHODS, "CBDM (LoRA)",
