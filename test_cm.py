@@ -390,6 +390,13 @@ def test_at_the_start_theta_and_theta_g_are_the_plain_network_and_d_is_zero_unde
     assert not torch.equal(one, unet(x0, t, y))  # the masks do differ from call to call
 
 
+def test_compiled_are_the_encoder_and_the_decoder_with_eagers_random_numbers(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, options: (f, options))
+    unet, options = tiny_unet(), {"fallback_random": True}
+    losses = cm.CapacityManipulation(unet, [9, 5, 2, 1], config(compile=True))
+    assert (losses.encode, losses.decode) == ((unet.encode, options), (unet.decode, options))
+
+
 def test_decoder_alone_is_factorised_with_the_papers_ranks():
     unet = cm.make_unet(cm.Config(dataset="cifar10").resolved(), 10, 3)
     reserved = {n: m for n, m in unet.named_modules() if isinstance(m, cm.LowRankReserved)}
@@ -964,31 +971,32 @@ def test_a_run_leaves_its_table_and_files(finished):
     assert re.search(r"^Few +99 ", text, re.M)
 
 
-def test_held_out_loss_against_a_loop_and_without_images():
-    unet = tiny_unet()
-    images, labels = (
-        torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8),
-        torch.tensor([0, 0, 0, 2, 2, 2]),
-    )
-    loss, loss_g, d = cm.held_out_loss(unet, images, labels, 4, per_class=2, times=3)
+def test_held_out_loss_against_its_formula_and_without_images():
+    unet = tiny_unet(dropout=0.5)
+    images = torch.randint(0, 256, (280, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.tensor([0, 2]).repeat(140)
+    loss, loss_g, d = cm.held_out_loss(unet, images, labels, 4, per_class=130, times=2)
     assert unet.training and loss[[1, 3]].isnan().all()
-    generator, expected = torch.Generator().manual_seed(0), torch.zeros(2, 4)
+    chosen = torch.cat([torch.arange(0, 260, 2), torch.arange(1, 260, 2)])
+    x0, y = images[chosen] / 127.5 - 1, labels[chosen]
+    generator, expected = torch.Generator().manual_seed(0), torch.zeros(3, 4)
     unet.eval()
-    for t in (166, 500, 833):
-        eps, a = torch.randn(4, 1, 8, 8, generator=generator), cm.make_alpha_bar()[t].item()
-        for i, e in zip((0, 1, 3, 4), eps, strict=True):
-            k = labels[i]
-            x_t = math.sqrt(a) * (images[i] / 127.5 - 1) + math.sqrt(1 - a) * e
-            one = x_t[None], torch.tensor([t]), k[None]
-            with torch.no_grad():
-                expected[0, k] += ((unet(*one)[0] - e) ** 2).mean() / 6
-                with cm.general_only(unet):
-                    expected[1, k] += ((unet(*one)[0] - e) ** 2).mean() / 6
-    assert torch.allclose(loss[[0, 2]].float(), expected[0, [0, 2]], rtol=1e-4)
-    assert (
-        torch.allclose(loss_g[[0, 2]].float(), expected[1, [0, 2]], rtol=1e-4)
-        and (d[[0, 2]] > 0).all()
-    )
+    for t in (250, 750):
+        eps, a = torch.randn(x0.shape, generator=generator), cm.make_alpha_bar()[t].item()
+        x_t, times = math.sqrt(a) * x0 + math.sqrt(1 - a) * eps, torch.full_like(y, t)
+        with torch.no_grad():
+            theta = unet(x_t, times, y)
+            with cm.general_only(unet):
+                theta_g = unet(x_t, times, y)
+        for i, (p, q) in enumerate(((theta, eps), (theta_g, eps), (theta, theta_g))):
+            squares = (p - q).square().mean((1, 2, 3))
+            expected[i] += torch.stack([squares[y == k].sum() for k in range(4)]) / (2 * 130)
+    for ours, e in zip((loss, loss_g, d), expected, strict=True):
+        assert ours.dtype == torch.float64
+        assert torch.allclose(ours[[0, 2]].float(), e[[0, 2]], rtol=1e-4)
+    eight = cm.held_out_loss(unet, images[:2], labels[:2], 3, times=8)[0]
+    assert torch.equal(cm.held_out_loss(unet, images[:2], labels[:2], 3)[0][::2], eight[::2])
+    assert not unet.training
 
 
 def test_sample_writes_adms_layout(finished, tmp_path):
@@ -1227,7 +1235,7 @@ REPLAY = (
 )
 # L_CM large enough to be seen, its bound small enough to act
 WITH_CM = f"{REPLAY} --resample 0.5 --dropout 0.3 --lam 3 --div-margin 1e-4"
-WITHOUT = f"{REPLAY} --resample 0 --no-flip --no-cm --unconditional"
+WITHOUT = f"{REPLAY} --warmup 0 --resample 0 --no-flip --no-cm --unconditional"
 SPLITS = {"Many": [0, 1, 2], "Medium": [3, 4, 5], "Few": [6, 7, 8, 9]}  # of ten classes by count
 
 
@@ -1259,7 +1267,7 @@ def replay(c, world=1):
     second = [torch.zeros_like(p) for p in parameters]
     rows, norms, steps, samples = [], [], [], []
     for step in range(1, c.steps + 1):
-        lr = c.lr * min(1.0, step / c.warmup)
+        lr = c.lr * min(1.0, step / c.warmup) if c.warmup else c.lr
         gradient, means = [torch.zeros_like(p) for p in parameters], []
         for rank in range(world):
             x0, y, t, eps, y_in = cm.draw_batch(data, c, c.batch_size // world, step, rank)
@@ -1307,6 +1315,7 @@ def assert_trained_as(out, c, replayed):
     parameters, ema, first, second, rows, _ = replayed
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["step"] == c.steps
+    assert not any(v.any() for v in state["log"])  # its row is written, the next begins at 0
     names = [name for name, _ in cm.make_unet(c, 10, 3).named_parameters()]
     for i, name in enumerate(names):
         adam = state["optimizer"]["state"][i]
@@ -1348,7 +1357,7 @@ def stop_at(monkeypatch, step, number):
     [(WITH_CM, False), (WITH_CM, True), (WITHOUT, False)],
     ids=["CM", "stopped and resumed", "plain, unconditional"],
 )
-def test_replay_equals_the_checkpoint_and_the_log(tmp_path, no_pictures, flags, stopped):
+def test_replay_equals_the_checkpoint_and_the_log(tmp_path, no_pictures, capsys, flags, stopped):
     out = tmp_path / "run"
     flags = f"{flags} --out {out}".split()
     c = cm.parse(flags)[0].resolved()
@@ -1361,7 +1370,11 @@ def test_replay_equals_the_checkpoint_and_the_log(tmp_path, no_pictures, flags, 
         with pytest.MonkeyPatch.context() as patch:
             stop_at(patch, 4, signal.SIGTERM)
             assert cm.main(flags) == 128 + signal.SIGTERM
-        assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 4
+        err = capsys.readouterr().err
+        assert err.endswith(f"go on with: python cm.py --out {out} --resume\n")
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        assert state["step"] == 4
+        assert not any(v.requires_grad for v in state["log"])  # no step's graph is kept alive
         assert not (out / "merged.pt").exists()
         assert cm.main(["--resume", "--out", str(out)]) == 0
     else:
@@ -1574,14 +1587,19 @@ def test_overwrite_leaves_nothing_of_the_run_before(tmp_path, no_pictures, monke
     made = {"config.json", "log.csv", "checkpoint.pt", "merged.pt", "samples.png", "curves.png"}
     assert {p.name for p in out.iterdir()} == made
     stored = json.loads((out / "config.json").read_text())
+    merged = torch.load(out / "merged.pt", weights_only=True)
+    size = sum(v.numel() for v in merged.values()) / 1e6
+    says = f"{sum(stored['counts'])} images, 10 classes; {size:.2f} M parameters; cpu; {out}/"
+    assert f"shapes: {says}\n" in capsys.readouterr().out
     assert stored["classes"] == list(cm.SHAPES)
     assert stored["counts"] == cm.class_counts(1000, 100, 10)
     assert stored["options"]["lr"] == 0.1 and stored["options"]["flip"] is True
     stop_at(monkeypatch, 4, signal.SIGTERM)  # of very many steps
-    capsys.readouterr()
-    assert cm.main([*flags, "--overwrite", "--steps", "1000000000"]) == 128 + signal.SIGTERM
+    forever = ["--overwrite", "--device", "cpu", "--steps", "1000000000"]
+    assert cm.main([*flags, *forever]) == 128 + signal.SIGTERM
     printed = capsys.readouterr()
-    assert "stopped at step 4" in printed.err
+    go_on = f"python cm.py --out {out} --resume --device cpu\n"
+    assert f"stopped at step 4; go on with: {go_on}" in printed.err
     assert "days" in printed.out + printed.err  # after two steps it tells how long they will take
     assert {p.name for p in out.iterdir()} == {"config.json", "log.csv", "checkpoint.pt"}
     state = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -1828,6 +1846,7 @@ BAD = {  # name: (arguments, what the line must say); {d} is what `bad` makes
     "sample of a foreign file": ("--sample {d}/file", "can't be loaded"),
     "sample of merged weights": ("--sample {d}/run/merged.pt", "not a checkpoint.pt"),
     "sample of a truncated checkpoint": ("--sample {d}/cut/checkpoint.pt", "truncated"),
+    "a negative label": ("--sample {d}/run/checkpoint.pt --labels -1", "--labels -1 is out of"),
     "label out of range": (
         "--sample {d}/run/checkpoint.pt --labels 3 10",
         "--labels 10 is out of range",
@@ -2064,7 +2083,7 @@ def test_capacity_is_reserved_in_plain_layers_only():
 
 def test_float16_whose_gradients_stay_infinite_stops(tmp_path, monkeypatch):
     """The scaler halves its scale at every step that it skips; on the CPU it does so too."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler)
     update = cm.update
 
@@ -2073,9 +2092,27 @@ def test_float16_whose_gradients_stay_infinite_stops(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cm, "update", infinite)
     out = tmp_path / "run"
-    with pytest.raises(SystemExit, match="stay infinite at step 4"):
+    with pytest.raises(SystemExit, match="stay infinite at step 5"):
         cm.main(["--steps", "12", *TINY_FLAGS, "--out", str(out)])
     assert not (out / "checkpoint.pt").exists()
+
+
+def test_float16s_scale_changes_nothing_and_comes_back_on_resume(tmp_path, monkeypatch):
+    """On the CPU: the scaler at work, but in float32."""
+    monkeypatch.setattr(cm, "precision", lambda config, device: "fp16")
+    monkeypatch.setattr(cm, "autocast", lambda kind, device: contextlib.nullcontext())
+    monkeypatch.setattr(cm, "report", lambda *args: None)
+    file, flags = tmp_path / "checkpoint.pt", f"{REPLAY} --out {tmp_path}".split()
+    assert cm.main(flags) == 0
+    c = cm.parse(flags)[0].resolved()
+    assert_trained_as(tmp_path, c, replay(c))
+    state = torch.load(file, weights_only=True)
+    assert state["precision"] == "fp16" and state["scaler"]["_growth_tracker"] == 5
+    state["scaler"]["scale"] = 1024.0
+    torch.save(state, file)
+    assert cm.main(f"--out {tmp_path} --resume --steps 7".split()) == 0
+    scaler = torch.load(file, weights_only=True)["scaler"]
+    assert scaler["scale"] == 1024 and scaler["_growth_tracker"] == 7
 
 
 def test_how_to_go_on_is_how_it_was_started(monkeypatch):
@@ -2280,6 +2317,7 @@ def test_fid_metrics_defaults_are_the_papers():
     assert fid.inception_score(a) == fid.inception_score(a, 10, 0)
     assert fid.precision_recall(a, b) == fid.precision_recall(a, b, 3)
     assert torch.equal(fid.manifold_radii(a), fid.manifold_radii(a, 3))
+    assert fid.frechet_distance(a.numpy(), b.numpy()) == fid.frechet_distance(a, b)
 
 
 def test_fid_frechet_distance_of_known_gaussians():
@@ -2370,6 +2408,7 @@ def test_fid_precision_and_recall_of_a_set_with_itself_and_far_away():
 def test_fid_manifold_radii_are_the_kth_neighbours_distances():
     line = torch.tensor([0.0, 1, 3, 7, 15])[:, None]
     assert fid.manifold_radii(line, 1).tolist() == [1, 1, 2, 4, 8]
+    assert fid.manifold_radii(line[:3], 2).tolist() == [3, 2, 3]  # as few as there may be
     assert fid.manifold_radii(line, 2, block=2).tolist() == [3, 2, 3, 6, 12]
     a, b = feature_sets(50, 40)
     assert torch.allclose(fid.manifold_radii(a + 1000, 3), fid.manifold_radii(a, 3), rtol=1e-3)
