@@ -975,7 +975,9 @@ def test_held_out_loss_against_its_formula_and_without_images():
     unet = tiny_unet(dropout=0.5)
     images = torch.randint(0, 256, (280, 1, 8, 8), dtype=torch.uint8)
     labels = torch.tensor([0, 2]).repeat(140)
+    before = torch.get_rng_state()
     loss, loss_g, d = cm.held_out_loss(unet, images, labels, 4, per_class=130, times=2)
+    assert torch.equal(torch.get_rng_state(), before)
     assert unet.training and loss[[1, 3]].isnan().all()
     chosen = torch.cat([torch.arange(0, 260, 2), torch.arange(1, 260, 2)])
     x0, y = images[chosen] / 127.5 - 1, labels[chosen]
@@ -2411,8 +2413,11 @@ def test_fid_manifold_radii_are_the_kth_neighbours_distances():
     assert fid.manifold_radii(line[:3], 2).tolist() == [3, 2, 3]  # as few as there may be
     assert fid.manifold_radii(line, 2, block=2).tolist() == [3, 2, 3, 6, 12]
     a, b = feature_sets(50, 40)
-    assert torch.allclose(fid.manifold_radii(a + 1000, 3), fid.manifold_radii(a, 3), rtol=1e-3)
-    assert fid.precision_recall(a + 1000, b + 1000) == fid.precision_recall(a, b)
+    assert torch.allclose(fid.manifold_radii(a + 1e4, 3), fid.manifold_radii(a, 3), rtol=1e-3)
+    assert fid.precision_recall(a + 1e4, b + 1e4) == fid.precision_recall(a, b)
+    # on a ball's surface is inside: -1 is as far from 0 as 0's neighbour, 1 from -1 as -3 is
+    real, generated = torch.tensor([0.0, 1, 3, 7, 14])[:, None], torch.tensor([[-1.0], [-3]])
+    assert fid.precision_recall(real, generated, 1) == (0.5, 0.4)
     given = fid.precision_recall(a, b, 3, real_radii=torch.full((50,), math.inf))
     assert given == (1.0, fid.precision_recall(a, b, 3)[1])
 
@@ -2428,6 +2433,7 @@ def test_fid_manifold_radii_are_the_kth_neighbours_distances():
         (lambda a, b: fid.precision_recall(a[:3], b), "real features.*at least 4"),
         (lambda a, b: fid.precision_recall(a, b[:2], 2), "generated features.*at least 3"),
         (lambda a, b: fid.manifold_radii(a[:2], 2), "manifold's features.*at least 3"),
+        (lambda a, b: fid.inception_score(a / 0), "logits of the features are not all finite"),
         (lambda a, b: fid.inception_score(a[:5]), "5 images can't make 10 splits"),
         (lambda a, b: fid.inception_score(a, 0), "20 images can't make 0 splits"),
     ],
