@@ -1,0 +1,373 @@
+"""Text to image (Tab. G.11): latent diffusion from scratch on captions, long-tailed; DDPM and CM.
+
+    python -m experiments.text_to_image             # what has no row yet, and the picture
+    python -m experiments.text_to_image --table     # only the tables
+    python -m experiments.text_to_image --prompt "a small red star, upper left"   # after the first
+
+Networks keep checkpoints in --runs and go on from them. FD: Fréchet distance from the balanced set
+in the features of a classifier trained on it (fid.py's); shape: how often it sees the caption's
+shape; colour, place: how often `read` sees the caption's. "autoencoder": real images through it,
+the best to be expected of either method.
+"""
+
+import copy
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import cm
+import fid
+from experiments import common
+
+RADII = {"small": (0.32, 0.38), "large": (0.48, 0.53)}  # of half the image's side
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # 60 degrees of hue apart
+PLACES = {"upper left": (-0.36, -0.36), "upper right": (0.36, -0.36), "centre": (0, 0),
+          "lower left": (-0.36, 0.36), "lower right": (0.36, 0.36)}  # (x, y), y downwards
+UPRIGHT = {"heart": 225, "star": 270}  # degrees from how cm.py draws them
+
+LENGTH, WIDTH = 7, 64  # of a caption in words; of the text encoder
+BATCH, LR, WARMUP, DROP = 32, 1e-3, 100, 0.1  # DROP: share of captions dropped
+RANK_RATIO = 0.3  # as in cm.py's small preset
+SAMPLE_STEPS = 50  # of DDIM
+AUTOENCODER, METHODS = "autoencoder", ("DDPM", "CM")
+POINTS = ((AUTOENCODER, 0), *((method, w) for w in (0, 1) for method in METHODS))  # guidance w
+KEY = ["method", "guidance", "seed"]
+SHOWN = {f"FD {name}": 1 for name in ("overall", "Many", "Medium", "Few")} | {
+    f"{kind} {name}": 3 for kind in ("shape", "colour", "place") for name in ("overall", "Few")}
+
+# ------------------------------------------------------------------------------------------------
+# Data: images with captions
+
+
+def captioned_images(per_class, seed, size=32):
+    """Drawn shapes: uint8 [10 * per_class, 3, size, size], their captions, labels [N] by class.
+
+    A caption is "a SIZE COLOUR SHAPE, PLACE", then ", turned" where the shape isn't upright (disc
+    and ring always are). Radius, hue, place and angle vary within each word. A data set of one's
+    own, CUB-200 or Oxford-102, enters here: return its images, captions and labels."""
+    rng, images, captions = np.random.RandomState(seed), [], []
+    grid = (np.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
+    for shape in cm.SHAPES:
+        sizes, places = (rng.choice(list(words), per_class) for words in (RADII, PLACES))
+        colours = rng.randint(len(COLOURS), size=per_class)
+        turned = (rng.rand(per_class) < 0.5) & (shape not in ("disc", "ring"))
+        captions += [f"a {a} {COLOURS[b]} {shape}, {c}" + ", turned" * int(d)
+                     for a, b, c, d in zip(sizes, colours, places, turned, strict=True)]
+        radius = rng.uniform(*np.array([RADII[a] for a in sizes]).T)[:, None, None]
+        at = np.array([PLACES[c] for c in places]) + rng.uniform(-0.04, 0.04, (per_class, 2))
+        degrees = rng.uniform(25, 45, per_class) * rng.choice([-1, 1], per_class) * turned
+        angle = np.radians(degrees + UPRIGHT.get(shape, 0))[:, None, None]
+        u = (grid - at[:, 0, None, None]) / radius  # [N, 1, size]
+        v = (grid[:, None] - at[:, 1, None, None]) / radius  # [N, size, 1]
+        fine = np.mgrid[-1:1:201j, -1:1:201j]
+        cy, cx = fine[:, cm.signed_distance(shape, *fine[::-1]) < 0].mean(1)  # lies at the place
+        x = u * np.cos(angle) + v * np.sin(angle) + cx
+        y = v * np.cos(angle) - u * np.sin(angle) + cy
+        cover = np.clip(0.5 - cm.signed_distance(shape, x, y) * radius * size / 2, 0, 1)
+        hue = colours / len(COLOURS) + rng.uniform(-0.04, 0.04, per_class)
+        hue = hue[:, None] - np.array([0, 1 / 3, 2 / 3])  # of red, green, blue
+        colour = np.clip(1.5 * np.cos(2 * np.pi * hue) + 0.75, 0.05, 1)  # [N, 3]
+        images.append(np.rint(255 * cover[:, None] * colour[:, :, None, None]).astype(np.uint8))
+    labels = np.repeat(np.arange(len(cm.SHAPES)), per_class)
+    return torch.from_numpy(np.concatenate(images)), captions, labels
+
+
+def read(images):
+    """(colours, places), words, of uint8 images [N, 3, H, W]: the mean hue of the lit pixels, each
+    weighted by its chroma, and their centroid, weighted by brightness. "" where none is lit."""
+    x = images.double() / 255
+    x = x * (x.amax(1, keepdim=True) > 0.25)
+    turns = torch.tensor([0, 1 / 3, 2 / 3], dtype=torch.float64)
+    hue = (x.mean((2, 3)) * torch.exp(2j * torch.pi * turns)).sum(1).angle() / (2 * torch.pi)
+    colours = (hue * len(COLOURS)).round().long() % len(COLOURS)
+    light = x.amax(1)  # [N, H, W]
+    total = light.sum((1, 2))
+    grid = (torch.arange(x.shape[2]) + 0.5) / x.shape[2] * 2 - 1
+    centre = torch.stack([(light.sum(axis) * grid).sum(1) / total for axis in (1, 2)], 1)
+    places = torch.cdist(centre, torch.tensor(list(PLACES.values()), dtype=torch.float64)).argmin(1)
+    return [[names[i] if lit else "" for i, lit in zip(found, total > 0, strict=True)]
+            for names, found in ((COLOURS, colours), (list(PLACES), places))]
+
+
+def split(caption):
+    return caption.lower().replace(",", " ").split()
+
+
+def encode(captions, words):
+    """[N, LENGTH] int64: each word's number in `words`, from 1; then 0, which is attended to like
+    any word, as in Stable Diffusion. A dropped caption is all 0. Raises ValueError."""
+    ids = torch.zeros(len(captions), LENGTH, dtype=torch.long)
+    for row, used in zip(ids, map(split, captions), strict=True):
+        wrong = [word for word in used if word not in words] + used[LENGTH:]
+        if wrong:
+            raise ValueError(f"unknown word, or one too many: {wrong[0]!r}; a caption is up to "
+                             f"{LENGTH} of {', '.join(words)}")
+        row[:len(used)] = torch.tensor([words.index(word) + 1 for word in used])
+    return ids
+
+
+# ------------------------------------------------------------------------------------------------
+# Networks
+
+
+def fit(net, loss, path, steps, seed, options):
+    """Adam's `steps` down loss(), resumable; the moving average of `net`, in eval mode."""
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    parameters, averages = list(net.parameters()), list(ema.parameters())
+    adam, scaler = torch.optim.Adam(parameters, LR), torch.amp.GradScaler(enabled=False)
+
+    def step(i):
+        adam.param_groups[0]["lr"] = LR * min(1, i / WARMUP)
+        value = loss()
+        cm.update(value, parameters, averages, adam, scaler, min(0.9999, (1 + i) / (10 + i)))
+        return value.detach()
+
+    common.train(step, {"net": net, "ema": ema, "adam": adam}, path, steps, seed, options)
+    return ema
+
+
+class TextToImage(nn.Module):
+    """eps_theta(x_t, t, caption): word embeddings, a transformer encoder, diffusers' UNet."""
+
+    def __init__(self, num_words, reserve):
+        from diffusers import UNet2DConditionModel
+        super().__init__()
+        self.words = nn.Embedding(num_words + 1, WIDTH)
+        self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, 0.0, batch_first=True,
+                                           norm_first=True)
+        self.text = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=1,
+            down_block_types=2 * ("CrossAttnDownBlock2D",),
+            up_block_types=2 * ("CrossAttnUpBlock2D",), cross_attention_dim=WIDTH,
+            attention_head_dim=4, dropout=0.1)  # diffusers' misnomer: 4 heads
+        if reserve:
+            cm.reserve_capacity(self.unet.up_blocks, RANK_RATIO)
+
+    def forward(self, x_t, t, ids):
+        """x_t [B, 4, 8, 8], t [B] or an int, ids [B, LENGTH]."""
+        return self.unet(x_t, t, self.text(self.words(ids) + self.positions)).sample
+
+
+def loss_of(net, x0, y, t, eps, ids, alpha_bar, omega):
+    """Eq. (4), base DDPM, lam = 1; the base alone where nothing is reserved. x0, eps [B, 4, 8, 8];
+    y, t [B]; ids [B, LENGTH]; omega: cm.class_weights.
+
+    Both passes run the whole network: diffusers' forward can't be cut behind its encoder."""
+    x_t = cm.add_noise(x0, t, eps, alpha_bar)
+    reserved = cm.reserved_layers(net)
+    if not reserved:
+        return cm.squared_distance(net(x_t, t, ids), eps).mean()
+    with cm.same_masks(x_t), cm.general_only(reserved):
+        eps_theta_g = net(x_t, t, ids)
+    eps_theta = net(x_t, t, ids)
+    omega_con, omega_div = (w[y] for w in omega)
+    loss_cm = cm.capacity_loss(eps_theta, eps_theta_g, omega_con, omega_div, cm.Config.div_margin)
+    return cm.squared_distance(eps_theta, eps).mean() + loss_cm.mean()
+
+
+def draw_batch(latents, labels, ids):
+    """x0, y, t, eps and ids, where a dropped caption is all 0; from torch's generator."""
+    index = torch.randint(len(latents), (BATCH,), device=latents.device)
+    t = torch.randint(cm.T, (BATCH,), device=latents.device)
+    eps = torch.randn_like(latents[index])
+    dropped = torch.rand(BATCH, 1, device=latents.device) < DROP
+    return latents[index], labels[index], t, eps, ids[index].masked_fill(dropped, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+class Setting:
+    """What all runs share: data, words and, trained once, autoencoder and classifier."""
+
+    def __init__(self, args):
+        self.args, self.device = args, cm.pick_device()
+        self.images, self.captions, self.labels = captioned_images(args.n_max, seed=0)
+        self.index = cm.long_tail_indices(self.labels, args.ir, n_max=args.n_max)
+        self.counts = np.bincount(self.labels[self.index])
+        self.words = sorted({word for caption in self.captions for word in split(caption)})
+        self.data = f"--n-max {args.n_max} --ir {args.ir:g} --vae-steps {args.vae_steps}"
+
+    @functools.cached_property
+    def autoencoder(self):
+        """A small AutoencoderKL, trained on the long-tailed images, and its latents' deviation."""
+        from diffusers import AutoencoderKL
+        torch.manual_seed(0)
+        images, vae = self.images[self.index], AutoencoderKL(
+            down_block_types=3 * ("DownEncoderBlock2D",), up_block_types=3 * ("UpDecoderBlock2D",),
+            block_out_channels=(16, 32, 32), norm_num_groups=1, mid_block_add_attention=False
+        ).to(self.device)
+
+        def loss():
+            x = cm.to_float(images[torch.randint(len(images), (BATCH,))].to(self.device))
+            posterior = vae.encode(x).latent_dist
+            error = F.mse_loss(vae.decode(posterior.sample()).sample, x)
+            return error + 1e-6 * posterior.kl().mean()  # Stable Diffusion's weight
+
+        path = self.args.runs / "autoencoder.pt"
+        ema = fit(vae, loss, path, self.args.vae_steps, 0, self.data)
+        return ema, self.latents(images, ema, 1).std()
+
+    def latents(self, images, vae=None, scale=None):
+        """[N, 4, 8, 8] of uint8 images: the posterior's means, of variance 1 on training images."""
+        vae, scale = (vae, scale) if vae else self.autoencoder
+        return torch.cat([vae.encode(cm.to_float(x.to(self.device))).latent_dist.mode()
+                          for x in images.split(250)]) / scale
+
+    def decoded(self, latents):
+        """uint8 [N, 3, 32, 32]"""
+        vae, scale = self.autoencoder
+        return torch.cat([cm.to_uint8(vae.decode(z * scale).sample).cpu()
+                          for z in latents.split(250)])
+
+    def path(self, method, seed):
+        return self.args.runs / f"{method}-{seed}.pt"
+
+    def trained(self, method, seed):
+        """The network after --steps, merged; of its weights the moving average."""
+        torch.manual_seed(cm.hashed_seed("weights", seed))
+        net = TextToImage(len(self.words), method == "CM").to(self.device)
+        data = [x.to(self.device) for x in (
+            self.latents(self.images[self.index]), torch.from_numpy(self.labels[self.index]),
+            encode([self.captions[i] for i in self.index], self.words))]
+        omega = [w.to(self.device) for w in cm.class_weights(self.counts)]
+        alpha_bar = cm.make_alpha_bar(self.device)
+        loss = lambda: loss_of(net, *draw_batch(*data), alpha_bar, omega)
+        return cm.merge(fit(net, loss, self.path(method, seed), self.args.steps, seed, self.data))
+
+    def drawn(self, method, seed, captions, guidance):
+        """uint8 images [N, 3, 32, 32] of the captions by DDIM; each method's from the same noise.
+        (Not by cm.sample, whose images end in [-1, 1]: latents don't.)"""
+        net, ids = self.trained(method, seed), encode(captions, self.words).to(self.device)
+        seeds = [cm.hashed_seed("image", seed, i) for i in range(len(captions))]
+        noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        progress = tqdm(total=SAMPLE_STEPS, desc=f"sampling {method}-{seed}", leave=False)
+
+        @torch.no_grad()
+        def predict(x, t):
+            progress.update()
+            eps = net(x, t, ids)
+            return eps + guidance * (eps - net(x, t, 0 * ids)) if guidance else eps
+
+        x, alpha_bar = torch.stack(noise).to(self.device), cm.make_alpha_bar().tolist()
+        return self.decoded(cm.ddim(predict, x, alpha_bar, SAMPLE_STEPS))
+
+    @functools.cached_property
+    def judge(self):
+        """(a classifier trained on the balanced set, its features of that)."""
+        data = self.images, torch.from_numpy(self.labels)
+        net, _ = fid.train_classifier(*data, *data, len(self.counts), self.device)
+        return net, fid.extract(net, self.images, "real images")[0].cpu()
+
+    def scores(self, images, captions, labels):
+        """{"FD Few": ..., "colour overall": ...}, overall and by split, of generated images."""
+        net, real = self.judge
+        features, logits = (x.cpu() for x in fid.extract(net, images, "generated images"))
+        right = {kind: np.array([word != "" and word in caption for word, caption in zip(
+            words, captions, strict=True)])
+            for kind, words in zip(("colour", "place"), read(images), strict=True)}
+        right["shape"], row = logits.argmax(1).numpy() == labels, {}
+        for name, classes in (cm.splits(self.counts) | {"overall": labels}).items():
+            ours, theirs = (np.isin(y, classes) for y in (labels, self.labels))
+            row[f"FD {name}"] = fid.frechet_distance(real[theirs], features[ours])
+            row |= {f"{kind} {name}": float(values[ours].mean()) for kind, values in right.items()}
+        return row
+
+
+def study(args):
+    """Each method, guidance and seed that lacks a row, then the picture. Raises ValueError."""
+    setting = Setting(args)
+    options = f"{setting.data} --steps {args.steps} --num-images {args.num_images}"
+    rows = common.read_rows(args.rows, options)
+    done = set() if rows.empty else set(rows[KEY].itertuples(index=False, name=None))
+    for seed in args.seeds:
+        # as many images of each class, with captions of their own
+        images, captions, labels = captioned_images(args.num_images, seed=100 + seed)
+        for method, guidance in POINTS:
+            if (method, str(guidance), str(seed)) not in done:
+                x = (setting.decoded(setting.latents(images)) if method == AUTOENCODER else
+                     setting.drawn(method, seed, captions, guidance))
+                row = dict(method=method, guidance=guidance, seed=seed, options=options)
+                new = common.text([row | setting.scores(x, captions, labels)])
+                rows = common.replace_rows(rows, new, KEY)
+                common.write_rows(args.rows, rows)
+    if all(setting.path(method, args.seeds[0]).is_file() for method in METHODS):
+        draw(setting, setting.captions[::args.n_max], args.assets / "text_to_image.png")
+
+
+def draw(setting, captions, path, columns=6):
+    """Beside each caption: training images that have it, if any, DDPM's and CM's of it, w = 1."""
+    many = [c for c in captions for _ in range(columns)]
+    real = torch.zeros(len(many), *setting.images.shape[1:], dtype=torch.uint8)
+    for row, caption in enumerate(captions):
+        alike = [i for i in setting.index if setting.captions[i] == caption][:columns]
+        real[row * columns:row * columns + len(alike)] = setting.images[alike]
+    drawn = {method: setting.drawn(method, setting.args.seeds[0], many, 1) for method in METHODS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cm.draw_panels({"trained on": real} | drawn, captions, path)
+
+
+def table(rows):
+    """The tables in Markdown: mean ± standard deviation, and CM − DDPM paired by seed."""
+    runs = dict(list(rows.set_index("seed").groupby(["method", "guidance"])))
+    shown = lambda cell: {name: cell(name, n) for name, n in SHOWN.items()}
+    measured = [{"method": method, "guidance": w, "seeds": len(run)}
+                | shown(lambda name, n, run=run: common.spread(run[name], n))
+                for method, w in POINTS if (run := runs.get((method, w))) is not None]
+    differences = [{"difference": "CM − DDPM", "guidance": w} | shown(
+        lambda name, n, w=w: common.interval(*common.difference(
+            runs["CM", w][name], runs["DDPM", w][name])[:2], n))
+        for w in (0, 1) if ("CM", w) in runs and ("DDPM", w) in runs]
+    return "\n\n".join([f"exploratory: {rows['seed'].nunique()} seeds; mean ± standard deviation",
+                        common.markdown(measured), "paired differences, mean and 95 % interval",
+                        common.markdown(differences)])
+
+
+def main(argv=None):
+    parser = common.parser("text_to_image", __doc__)
+    for name, default, text in (("n-max", 1000, "images in the largest class"),
+                                ("steps", 6000, "training steps of a network"),
+                                ("vae-steps", 3000, "of the autoencoder"),
+                                ("num-images", 200, "generated images a class")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--ir", type=float, default=100, help="imbalance ratio")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("--runs", type=Path, default=Path("runs/text_to_image"))
+    parser.add_argument("--prompt", help="draw this into RUNS/prompt.png, and do nothing else")
+    args = parser.parse_args(argv)
+    try:
+        import diffusers  # noqa: F401
+        for name in ("n_max", "steps", "vae_steps", "num_images"):
+            cm.check(getattr(args, name) >= 1, name, getattr(args, name), "at least 1")
+        cm.check(min(args.seeds) >= 0, "seeds", min(args.seeds), "at least 0")
+        if args.prompt is not None:
+            setting = Setting(args)
+            encode([args.prompt], setting.words)  # for its checks
+            for path in (setting.path(method, args.seeds[0]) for method in METHODS):
+                if not path.is_file():
+                    raise ValueError(f"{path} is missing; leave --prompt away to train it")
+            draw(setting, [args.prompt], args.runs / "prompt.png")
+            return 0
+        if not args.table:
+            study(args)
+        print(table(common.numbers(common.read_table(args.rows), ("method", "options"))))
+        return 0
+    except ImportError as e:
+        cm.fail(f"{e.name} is missing; pip install diffusers")
+    except (ValueError, OSError) as e:
+        cm.fail(e)
+    except FloatingPointError as e:
+        sys.exit(f"text_to_image: {e}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
