@@ -33,21 +33,16 @@ UPRIGHT = {"heart": 225, "star": 270}  # degrees from how cm.py draws them
 
 LENGTH, WIDTH = 7, 64  # of a caption in words; of the text encoder
 BATCH, LR, WARMUP, DROP = 32, 1e-3, 100, 0.1  # DROP: share of captions dropped
-RANK_RATIO = 0.3  # as in cm.py's small preset
-SAMPLE_STEPS = 50  # of DDIM
+RANK_RATIO, SAMPLE_STEPS = 0.3, 50  # as in cm.py's small preset; of DDIM
 AUTOENCODER, METHODS = "autoencoder", ("DDPM", "CM")
 POINTS = ((AUTOENCODER, 0), *((method, w) for w in (0, 1) for method in METHODS))  # guidance w
 KEY = ["method", "guidance", "seed"]
 SHOWN = {f"FD {name}": 1 for name in ("overall", "Many", "Medium", "Few")} | {
     f"{kind} {name}": 3 for kind in ("shape", "colour", "place") for name in ("overall", "Few")}
 
-# ------------------------------------------------------------------------------------------------
-# Data: images with captions
-
 
 def captioned_images(per_class, seed, size=32):
     """Drawn shapes: uint8 [10 * per_class, 3, size, size], their captions, labels [N] by class.
-
     A caption is "a SIZE COLOUR SHAPE, PLACE", then ", turned" where the shape isn't upright (disc
     and ring always are). Radius, hue, place and angle vary within each word. A data set of one's
     own, CUB-200 or Oxford-102, enters here: return its images, captions and labels."""
@@ -74,13 +69,13 @@ def captioned_images(per_class, seed, size=32):
         hue = hue[:, None] - np.array([0, 1 / 3, 2 / 3])  # of red, green, blue
         colour = np.clip(1.5 * np.cos(2 * np.pi * hue) + 0.75, 0.05, 1)  # [N, 3]
         images.append(np.rint(255 * cover[:, None] * colour[:, :, None, None]).astype(np.uint8))
-    labels = np.repeat(np.arange(len(cm.SHAPES)), per_class)
-    return torch.from_numpy(np.concatenate(images)), captions, labels
+    images = torch.from_numpy(np.concatenate(images))
+    return images, captions, np.repeat(np.arange(len(cm.SHAPES)), per_class)
 
 
 def read(images):
     """(colours, places), words, of uint8 images [N, 3, H, W]: the mean hue of the lit pixels, each
-    weighted by its chroma, and their centroid, weighted by brightness. "" where none is lit."""
+    weighted by its chroma, and their centroid, weighted by brightness. "?" where none is lit."""
     x = images.double() / 255
     x = x * (x.amax(1, keepdim=True) > 0.25)
     turns = torch.tensor([0, 1 / 3, 2 / 3], dtype=torch.float64)
@@ -91,7 +86,7 @@ def read(images):
     grid = (torch.arange(x.shape[2]) + 0.5) / x.shape[2] * 2 - 1
     centre = torch.stack([(light.sum(axis) * grid).sum(1) / total for axis in (1, 2)], 1)
     places = torch.cdist(centre, torch.tensor(list(PLACES.values()), dtype=torch.float64)).argmin(1)
-    return [[names[i] if lit else "" for i, lit in zip(found, total > 0, strict=True)]
+    return [[names[i] if lit else "?" for i, lit in zip(found, total > 0, strict=True)]
             for names, found in ((COLOURS, colours), (list(PLACES), places))]
 
 
@@ -110,10 +105,6 @@ def encode(captions, words):
                              f"{LENGTH} of {', '.join(words)}")
         row[:len(used)] = torch.tensor([words.index(word) + 1 for word in used])
     return ids
-
-
-# ------------------------------------------------------------------------------------------------
-# Networks
 
 
 def fit(net, loss, path, steps, seed, options):
@@ -140,8 +131,7 @@ class TextToImage(nn.Module):
         super().__init__()
         self.words = nn.Embedding(num_words + 1, WIDTH)
         self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, 0.0, batch_first=True,
-                                           norm_first=True)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 128, 0.0, batch_first=True, norm_first=True)
         self.text = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         self.unet = UNet2DConditionModel(
             sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=1,
@@ -156,19 +146,17 @@ class TextToImage(nn.Module):
         return self.unet(x_t, t, self.text(self.words(ids) + self.positions)).sample
 
 
-def loss_of(net, x0, y, t, eps, ids, alpha_bar, omega):
+def loss_of(net, x0, y, t, eps, ids, omega):
     """Eq. (4), base DDPM, lam = 1; the base alone where nothing is reserved. x0, eps [B, 4, 8, 8];
-    y, t [B]; ids [B, LENGTH]; omega: cm.class_weights.
-
-    Both passes run the whole network: diffusers' forward can't be cut behind its encoder."""
-    x_t = cm.add_noise(x0, t, eps, alpha_bar)
+    y, t [B]; ids [B, LENGTH]; omega: cm.class_weights. Both passes run the whole network, since
+    diffusers' forward can't be cut behind its encoder."""
+    x_t = cm.add_noise(x0, t, eps, cm.make_alpha_bar(x0.device))
     reserved = cm.reserved_layers(net)
     if not reserved:
         return cm.squared_distance(net(x_t, t, ids), eps).mean()
     with cm.same_masks(x_t), cm.general_only(reserved):
         eps_theta_g = net(x_t, t, ids)
-    eps_theta = net(x_t, t, ids)
-    omega_con, omega_div = (w[y] for w in omega)
+    eps_theta, (omega_con, omega_div) = net(x_t, t, ids), (w[y] for w in omega)
     loss_cm = cm.capacity_loss(eps_theta, eps_theta_g, omega_con, omega_div, cm.Config.div_margin)
     return cm.squared_distance(eps_theta, eps).mean() + loss_cm.mean()
 
@@ -180,10 +168,6 @@ def draw_batch(latents, labels, ids):
     eps = torch.randn_like(latents[index])
     dropped = torch.rand(BATCH, 1, device=latents.device) < DROP
     return latents[index], labels[index], t, eps, ids[index].masked_fill(dropped, 0)
-
-
-# ------------------------------------------------------------------------------------------------
-# Runs
 
 
 class Setting:
@@ -213,8 +197,7 @@ class Setting:
             error = F.mse_loss(vae.decode(posterior.sample()).sample, x)
             return error + 1e-6 * posterior.kl().mean()  # Stable Diffusion's weight
 
-        path = self.args.runs / "autoencoder.pt"
-        ema = fit(vae, loss, path, self.args.vae_steps, 0, self.data)
+        ema = fit(vae, loss, self.path("autoencoder", 0), self.args.vae_steps, 0, self.data)
         return ema, self.latents(images, ema, 1).std()
 
     def latents(self, images, vae=None, scale=None):
@@ -240,8 +223,7 @@ class Setting:
             self.latents(self.images[self.index]), torch.from_numpy(self.labels[self.index]),
             encode([self.captions[i] for i in self.index], self.words))]
         omega = [w.to(self.device) for w in cm.class_weights(self.counts)]
-        alpha_bar = cm.make_alpha_bar(self.device)
-        loss = lambda: loss_of(net, *draw_batch(*data), alpha_bar, omega)
+        loss = lambda: loss_of(net, *draw_batch(*data), omega)
         return cm.merge(fit(net, loss, self.path(method, seed), self.args.steps, seed, self.data))
 
     def drawn(self, method, seed, captions, guidance):
@@ -250,7 +232,7 @@ class Setting:
         net, ids = self.trained(method, seed), encode(captions, self.words).to(self.device)
         seeds = [cm.hashed_seed("image", seed, i) for i in range(len(captions))]
         noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        progress = tqdm(total=SAMPLE_STEPS, desc=f"sampling {method}-{seed}", leave=False)
+        progress = tqdm(total=SAMPLE_STEPS, desc=f"sampling {method}-{seed}", unit="step")
 
         @torch.no_grad()
         def predict(x, t):
@@ -272,10 +254,9 @@ class Setting:
         """{"FD Few": ..., "colour overall": ...}, overall and by split, of generated images."""
         net, real = self.judge
         features, logits = (x.cpu() for x in fid.extract(net, images, "generated images"))
-        right = {kind: np.array([word != "" and word in caption for word, caption in zip(
-            words, captions, strict=True)])
-            for kind, words in zip(("colour", "place"), read(images), strict=True)}
-        right["shape"], row = logits.argmax(1).numpy() == labels, {}
+        right, row = {"shape": logits.argmax(1).numpy() == labels}, {}
+        for kind, words in zip(("colour", "place"), read(images), strict=True):
+            right[kind] = np.array([a in b for a, b in zip(words, captions, strict=True)])
         for name, classes in (cm.splits(self.counts) | {"overall": labels}).items():
             ours, theirs = (np.isin(y, classes) for y in (labels, self.labels))
             row[f"FD {name}"] = fid.frechet_distance(real[theirs], features[ours])
@@ -305,28 +286,29 @@ def study(args):
 
 
 def draw(setting, captions, path, columns=6):
-    """Beside each caption: training images that have it, if any, DDPM's and CM's of it, w = 1."""
-    many = [c for c in captions for _ in range(columns)]
+    """Beside each caption: images of the balanced set, DDPM's and CM's with guidance."""
+    many = [caption for caption in captions for _ in range(columns)]
     real = torch.zeros(len(many), *setting.images.shape[1:], dtype=torch.uint8)
     for row, caption in enumerate(captions):
-        alike = [i for i in setting.index if setting.captions[i] == caption][:columns]
+        alike = [i for i, other in enumerate(setting.captions) if other == caption][:columns]
         real[row * columns:row * columns + len(alike)] = setting.images[alike]
     drawn = {method: setting.drawn(method, setting.args.seeds[0], many, 1) for method in METHODS}
     path.parent.mkdir(parents=True, exist_ok=True)
-    cm.draw_panels({"trained on": real} | drawn, captions, path)
+    cm.draw_panels({"real": real} | drawn, captions, path)
 
 
 def table(rows):
     """The tables in Markdown: mean ± standard deviation, and CM − DDPM paired by seed."""
     runs = dict(list(rows.set_index("seed").groupby(["method", "guidance"])))
-    shown = lambda cell: {name: cell(name, n) for name, n in SHOWN.items()}
-    measured = [{"method": method, "guidance": w, "seeds": len(run)}
-                | shown(lambda name, n, run=run: common.spread(run[name], n))
-                for method, w in POINTS if (run := runs.get((method, w))) is not None]
-    differences = [{"difference": "CM − DDPM", "guidance": w} | shown(
-        lambda name, n, w=w: common.interval(*common.difference(
-            runs["CM", w][name], runs["DDPM", w][name])[:2], n))
-        for w in (0, 1) if ("CM", w) in runs and ("DDPM", w) in runs]
+    measured, differences = [], []
+    for method, w in (point for point in POINTS if point in runs):
+        run, plain = runs[method, w], runs.get(("DDPM", w))
+        measured.append({"method": method, "guidance": w, "seeds": len(run)} | {
+            name: common.spread(run[name], n) for name, n in SHOWN.items()})
+        if method == "CM" and plain is not None:
+            differences.append({"difference": "CM − DDPM", "guidance": w} | {
+                name: common.interval(*common.difference(run[name], plain[name])[:2], n)
+                for name, n in SHOWN.items()})
     return "\n\n".join([f"exploratory: {rows['seed'].nunique()} seeds; mean ± standard deviation",
                         common.markdown(measured), "paired differences, mean and 95 % interval",
                         common.markdown(differences)])
@@ -335,35 +317,31 @@ def table(rows):
 def main(argv=None):
     parser = common.parser("text_to_image", __doc__)
     for name, default, text in (("n-max", 1000, "images in the largest class"),
-                                ("steps", 6000, "training steps of a network"),
+                                ("steps", 5000, "training steps of a network"),
                                 ("vae-steps", 3000, "of the autoencoder"),
-                                ("num-images", 200, "generated images a class")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--ir", type=float, default=100, help="imbalance ratio")
+                                ("num-images", 100, "generated images a class"),
+                                ("ir", 100.0, "imbalance ratio")):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--runs", type=Path, default=Path("runs/text_to_image"))
     parser.add_argument("--prompt", help="draw this into RUNS/prompt.png, and do nothing else")
     args = parser.parse_args(argv)
     try:
-        import diffusers  # noqa: F401
         for name in ("n_max", "steps", "vae_steps", "num_images"):
             cm.check(getattr(args, name) >= 1, name, getattr(args, name), "at least 1")
         cm.check(min(args.seeds) >= 0, "seeds", min(args.seeds), "at least 0")
         if args.prompt is not None:
             setting = Setting(args)
             encode([args.prompt], setting.words)  # for its checks
-            for path in (setting.path(method, args.seeds[0]) for method in METHODS):
-                if not path.is_file():
-                    raise ValueError(f"{path} is missing; leave --prompt away to train it")
+            if not all(setting.path(method, args.seeds[0]).is_file() for method in METHODS):
+                raise ValueError(f"{args.runs} lacks networks; leave --prompt away to train them")
             draw(setting, [args.prompt], args.runs / "prompt.png")
             return 0
         if not args.table:
             study(args)
         print(table(common.numbers(common.read_table(args.rows), ("method", "options"))))
         return 0
-    except ImportError as e:
-        cm.fail(f"{e.name} is missing; pip install diffusers")
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         cm.fail(e)
     except FloatingPointError as e:
         sys.exit(f"text_to_image: {e}")
