@@ -30,8 +30,7 @@ COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # 60 degrees of
 PLACES = {"upper left": (-0.36, -0.36), "upper right": (0.36, -0.36), "centre": (0, 0),
           "lower left": (-0.36, 0.36), "lower right": (0.36, 0.36)}  # (x, y), y downwards
 UPRIGHT = {"heart": 225, "star": 270}  # degrees from how cm.py draws them
-
-LENGTH, WIDTH = 7, 64  # of a caption in words; of the text encoder
+LENGTH, WIDTH, CHANNELS = 7, 64, (32, 64)  # words a caption; of text encoder; of UNet
 BATCH, LR, WARMUP, DROP = 32, 1e-3, 100, 0.1  # DROP: share of captions dropped
 RANK_RATIO, SAMPLE_STEPS = 0.3, 50  # as in cm.py's small preset; of DDIM
 AUTOENCODER, METHODS = "autoencoder", ("DDPM", "CM")
@@ -134,7 +133,7 @@ class TextToImage(nn.Module):
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 128, 0.0, batch_first=True, norm_first=True)
         self.text = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         self.unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=1,
+            sample_size=8, block_out_channels=CHANNELS, layers_per_block=1, norm_num_groups=1,
             down_block_types=2 * ("CrossAttnDownBlock2D",),
             up_block_types=2 * ("CrossAttnUpBlock2D",), cross_attention_dim=WIDTH,
             attention_head_dim=4, dropout=0.1)  # diffusers' misnomer: 4 heads
