@@ -342,7 +342,7 @@ def check_training(state):
 
 
 def test_latents_have_unit_variance_and_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(t2i, "BATCH", 4)
+    monkeypatch.setattr(t2i, "BATCH", 8)
     monkeypatch.setattr(t2i, "WARMUP", 1)
     args = type("Args", (), dict(n_max=6, ir=2, vae_steps=15, runs=tmp_path))
     setting = t2i.Setting(args)
