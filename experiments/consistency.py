@@ -1,0 +1,266 @@
+"""Does CM help a consistency model, which draws an image in one or two steps? Tab. G.9.
+
+    python -m experiments.consistency --data /usr/share/datasets/fashion-mnist
+    python -m experiments.consistency --table       # only the table, and assets/consistency.png
+
+Consistency training (CT; Song et al. 2023, "Song" below), without and with CM. F is cm.py's UNet,
+and f = c_skip x + c_out F(c_in x, 250 ln sigma) maps an image plus noise of any sigma to the image.
+Each run has a directory of its own, on a CPU one thread. Options that aren't its own go to cm.py.
+Columns of results/consistency.csv: FD of `fid.py --features classifier`; held-out loss: base loss
+of the averaged weights on held-out images, at the last grid; share: of |lam L_CM| in itself plus
+the base loss, in each tenth of the training and (held-out share) on held-out images.
+"""
+
+import copy
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import cm
+import fid
+from experiments import common
+
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7  # Karras et al. 2022
+S_0, S_1, MU_0 = 2, 20, 0.9  # Song, App. C, where s_1 = 150. theta^- lags 4.75 N steps behind: what
+# f knows at sigma_min needs some 4.75 N^2 to reach sigma_max, 107,000 with 150, 1,900 with 20
+MIDDLE = 0.8  # sigma at which the second step starts
+METHODS = {"CT": True, "CM": False}  # name: no_cm
+SPLITS = ("overall", "Many", "Medium", "Few")
+TENTHS = range(1, 11)
+UNUSED = "unconditional", "no_cm", "base", "cbdm_prior", "seed", "amp", "compile"  # cm.py's options
+
+
+def schedule(k, steps):
+    """(N(k), the number of sigmas, and mu(k), theta^-'s decay) at k = 0..steps (Song, App. C)."""
+    size = math.ceil(math.sqrt(k / steps * ((S_1 + 1)**2 - S_0**2) + S_0**2) - 1) + 1
+    return size, math.exp(S_0 * math.log(MU_0) / size)
+
+
+def make_grid(size):
+    """sigma [size] float64, from SIGMA_MIN up to SIGMA_MAX (Karras et al. 2022, Eq. 5)."""
+    low, high = SIGMA_MIN**(1 / RHO), SIGMA_MAX**(1 / RHO)
+    grid = torch.linspace(low, high, size, dtype=torch.float64)**RHO
+    grid[0], grid[-1] = SIGMA_MIN, SIGMA_MAX  # without rounding: f(x, SIGMA_MIN) is x
+    return grid
+
+
+def scalings(sigma, sigma_data):
+    """c_skip, c_out, c_in, each [B, 1, 1, 1] float32, and F's time [B], for sigma [B] float64."""
+    root = (sigma**2 + sigma_data**2).sqrt()
+    c_skip = sigma_data**2 / ((sigma - SIGMA_MIN)**2 + sigma_data**2)
+    c_out = sigma_data * (sigma - SIGMA_MIN) / root
+    c = [c.float()[:, None, None, None] for c in (c_skip, c_out, 1 / root)]
+    return *c, (250 * sigma.log()).float()
+
+
+def consistency(network, x, sigma, y, sigma_data):
+    """f(x, sigma, y) [B, C, H, W]; network(x, t, y) is F. f(x, SIGMA_MIN) = x, whatever F is."""
+    c_skip, c_out, c_in, time = scalings(sigma, sigma_data)
+    return c_skip * x + c_out * network(c_in * x, time, y)
+
+
+class ConsistencyTraining(cm.CapacityManipulation):
+    """The losses of one batch: f at neighbouring sigmas agrees (Song, Algorithm 3), and Eq. (4).
+
+    L_CM compares F, not f, of theta and theta_g, at the larger sigma: F's target has variance 1 at
+    any sigma, as eps has, so m means what it means elsewhere. In f's units c_out -> 0 would let F
+    run off at small sigma before min(d, m) sees it: Eq. (2)'s fault again."""
+
+    def __init__(self, unet, counts, config, sigma_data):
+        super().__init__(unet, counts, config)
+        self.sigma_data = sigma_data
+        self.register_buffer("sums", torch.zeros(len(TENTHS), 2))  # base, |lam L_CM| in each tenth
+        self.target = copy.deepcopy(unet).requires_grad_(False)  # theta^-, an average of theta
+
+    def forward(self, x0, y, eps, y_in, n, grid):
+        """x0, eps [B, C, H, W]; y, y_in as in cm.py; n [B]: the pair grid[n], grid[n + 1].
+
+        -> total loss (scalar), base loss [B], L_CM [B]."""
+        small, large = (sigma[:, None, None, None].float() for sigma in (grid[n], grid[n + 1]))
+        with torch.no_grad(), cm.same_masks(x0):
+            target = consistency(self.target, x0 + small * eps, grid[n], y_in, self.sigma_data)
+
+        x = x0 + large * eps  # the same noise
+        c_skip, c_out, c_in, time = scalings(grid[n + 1], self.sigma_data)
+        h, skips, emb = self.encode(c_in * x, time, y_in)
+        if not self.config.no_cm:
+            with cm.same_masks(x), cm.general_only(self.reserved):
+                F_theta_g = self.decode(h, skips, emb)
+        F_theta = self.decode(h, skips, emb)
+
+        base = cm.squared_distance(c_skip * x + c_out * F_theta, target)
+        if self.config.no_cm:
+            return base.mean(), base, torch.zeros_like(base)
+        loss_cm = cm.capacity_loss(F_theta, F_theta_g, self.omega_con[y], self.omega_div[y],
+                                   self.config.div_margin)
+        return base.mean() + self.config.lam * loss_cm.mean(), base, loss_cm  # Eq. (4)
+
+
+@torch.no_grad()
+def sample(network, y, image_shape, steps, sigma_data, seeds):
+    """Images [B, C, H, W] in [-1, 1] of labels y, in one or two steps (Song, Algorithm 1).
+
+    network: F; seeds: one int an image, so that the batch size doesn't matter."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = torch.zeros(len(y), *image_shape, device=y.device)
+    for sigma, scale in ((SIGMA_MAX, SIGMA_MAX), (MIDDLE, (MIDDLE**2 - SIGMA_MIN**2)**0.5))[:steps]:
+        z = torch.stack([torch.randn(image_shape, generator=g) for g in generators])
+        sigma = torch.full(y.shape, sigma, dtype=torch.float64, device=y.device)
+        x = consistency(network, x + scale * z.to(y.device), sigma, y, sigma_data)
+    return x.clamp(-1, 1)
+
+
+def train(config, data, sigma_data, path, options, network=cm.make_unet):
+    """Train, or go on there: (averaged network in eval mode, shares of L_CM)."""
+    device = data.images.device
+    torch.manual_seed(cm.hashed_seed("weights", config.seed))
+    unet = cm.lay_out(network(config, len(data.names), data.images.shape[1]), device)
+    losses = ConsistencyTraining(unet, data.counts, config, sigma_data).to(device)
+    ema = copy.deepcopy(unet).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr)
+    theta, ema_theta, target = (list(m.parameters()) for m in (unet, ema, losses.target))
+    scaler = torch.amp.GradScaler(enabled=False)
+
+    def step(i):
+        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, i / max(1, config.warmup))
+        x0, y, _, eps, y_in = cm.draw_batch(data, config, config.batch_size, i)
+        size, mu = schedule(i - 1, config.steps)
+        n = torch.randint(size - 1, y.shape, device=device)
+        loss, base, loss_cm = losses(x0, y, eps, y_in, n, make_grid(size).to(device))
+        cm.update(loss, theta, ema_theta, optimizer, scaler, min(config.ema, (1 + i) / (10 + i)))
+        get_ema_multi_avg_fn(mu)(target, theta, None)
+        both = torch.stack([base, config.lam * loss_cm.abs()]).mean(1).detach()
+        losses.sums[(i - 1) * len(TENTHS) // config.steps] += both
+        return loss.detach()
+
+    state = dict(losses=losses, ema=ema, optimizer=optimizer)  # losses has theta and theta^-
+    common.train(step, state, path, config.steps, config.seed, options)
+    return ema, (losses.sums[:, 1] / losses.sums.sum(1)).tolist()
+
+
+@torch.no_grad()
+def held_out(ema, data, config, sigma_data, per_class=100, times=5):
+    """{measure: value} of the averaged network on held-out images, at the last grid."""
+    device = data.images.device
+    losses = ConsistencyTraining(ema, data.counts, config, sigma_data).to(device).eval()
+    index = torch.cat([torch.where(data.held_out_labels == k)[0][:per_class]
+                       for k in range(len(data.names))]).repeat(times)
+    x0, y = cm.to_float(data.held_out[index]), data.held_out_labels[index]
+    n = (torch.arange(len(y), device=device) * times // len(y) * S_1 + S_1 // 2) // times
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    parts = [losses(*batch, make_grid(S_1 + 1).to(device))[1:]
+             for batch in zip(*(v.split(250) for v in (x0, y, eps, y, n)), strict=True)]
+    base, loss_cm = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    few = torch.isin(y.cpu(), torch.as_tensor(cm.splits(data.counts.cpu())["Few"]))
+    share = (config.lam * loss_cm.abs().mean() / (config.lam * loss_cm.abs() + base).mean()).item()
+    return {"held-out loss Few": base[few].mean().item(), "held-out share": share}
+
+
+def measure(method, config, data, directory, num_images, options):
+    """Train, sample, evaluate: two rows, of one and two sampler steps."""
+    sigma_data = cm.to_float(data.images).std().item()
+    ema, shares = train(config, data, sigma_data, directory / f"{directory.name}.pt", options)
+    measures = {f"share {t}": share for t, share in zip(TENTHS, shares, strict=True)}
+    measures |= held_out(ema, data, config, sigma_data)
+    network, rows, device = cm.merge(ema), [], data.images.device
+    labels = torch.arange(num_images) % len(data.names)
+    seeds = [cm.hashed_seed("image", config.seed, i) for i in range(num_images)]
+    for steps in (1, 2):
+        parts = [sample(network, labels[i:i + 250].to(device), data.images.shape[1:], steps,
+                        sigma_data, seeds[i:i + 250]) for i in range(0, num_images, 250)]
+        images = cm.to_uint8(torch.cat(parts)).permute(0, 2, 3, 1).cpu().numpy()
+        arrays = dict(arr_0=images, arr_1=labels.numpy(), counts=data.counts.cpu().numpy())
+        path = directory / f"samples-{steps}.npz"
+        cm.write_atomically(path, lambda p, arrays=arrays: np.savez(p, **arrays))
+        scores = fid.evaluate(path, config.dataset, config.data, features="classifier",
+                              device=str(device), cache=directory.parent / "fid")
+        rows.append({"method": method, "seed": config.seed, "steps": config.steps,
+                     "sampler steps": steps} | {f"FD {s}": scores[s]["FD"] for s in SPLITS}
+                    | measures | {"options": options})
+    return rows
+
+
+def study(path, runs, config, options, seeds, num_images):
+    """Every run that has no rows yet. Raises ValueError."""
+    rows = common.read_rows(path, options)
+    done = set() if rows.empty else set(rows[["method", "seed"]].itertuples(index=False, name=None))
+    data = cm.Data(config, cm.pick_device(config.device))
+    for seed in seeds:
+        for method, no_cm in METHODS.items():
+            if (method, str(seed)) not in done:
+                own = dataclasses.replace(config, no_cm=no_cm, seed=seed)
+                new = measure(method, own, data, runs / f"{method}-{seed}", num_images, options)
+                rows = pd.concat([common.read_rows(path, options), common.text(new)])
+                common.write_rows(path, rows)
+
+
+def table(rows):
+    """As text: mean ± standard deviation, CM - CT paired by seed, and L_CM's share over N(k)."""
+    digits = {f"FD {s}": 1 for s in SPLITS} | {"held-out loss Few": 5, "held-out share": 3}
+    values, pairs = [], []
+    for steps, group in rows.groupby("sampler steps"):
+        first = {"sampler steps": f"{steps:.0f}"}
+        ct, ours = (group[group["method"] == m].set_index("seed") for m in METHODS)
+        values += [first | {"method": m, "seeds": len(run)} | {
+            name: common.spread(run[name], n) for name, n in digits.items()}
+            for m, run in zip(METHODS, (ct, ours), strict=True)]
+        pairs.append(first | {name: common.interval(*common.difference(ours[name], ct[name])[:2], n)
+                              for name, n in digits.items()})
+    shares = [{"tenth of the training": t, "N(k) at its end": schedule(t, 10)[0],
+               "share of |λ L_CM|": common.spread(ours[f"share {t}"], 3)} for t in TENTHS]
+    return "\n\n".join([
+        f"exploratory: {rows['seed'].nunique()} seeds; mean ± standard deviation",
+        common.markdown(values), "CM − CT: mean and 95 % interval over seeds; below 0 is better",
+        common.markdown(pairs), "|λ L_CM| over itself plus the base loss", common.markdown(shares)])
+
+
+def draw(config, seed, runs, path, columns=8):
+    """A row a class: real images, then one-step samples of a seed."""
+    data = cm.Data(config)
+    panels = {"real": data.first(range(len(data.names)), columns)}
+    for method in METHODS:
+        images, labels, _ = fid.read_images(runs / f"{method}-{seed}" / "samples-1.npz")
+        panels[f"{method}, one step"] = torch.cat([images[labels == k][:columns]
+                                                   for k in range(len(data.names))])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [f"{name}  {n}" for name, n in zip(data.names, data.counts, strict=True)]
+    cm.draw_panels(panels, names, path)
+
+
+def main(argv=None):
+    parser = common.parser("consistency", __doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("--runs", type=Path, default=Path("runs/consistency"))
+    parser.add_argument("--num-images", type=int, default=5000, help="generated images a row")
+    args, flags = parser.parse_known_args(argv)
+    torch.set_num_threads(1)  # results repeat only with the same number of threads
+    try:
+        flags = common.with_defaults(flags, n_max="1000", steps="6000", warmup="100")
+        config, typed = cm.parse(flags)
+        for f in dataclasses.fields(config):
+            if f.name in typed and (f.name in UNUSED or f.metadata["group"] in ("run", "sampling")):
+                raise ValueError(f"--{f.name.replace('_', '-')} has no meaning here")
+        config = config.resolved()
+        if min(args.seeds) < 0 or args.num_images < 100:
+            raise ValueError("--seeds must be at least 0, --num-images at least 100")
+        if not args.table:
+            study(args.rows, args.runs, config, common.settings(flags), args.seeds, args.num_images)
+        rows = common.numbers(common.read_table(args.rows), ("method", "options"))
+        print(table(rows))
+        if (args.runs / f"CM-{args.seeds[0]}" / "samples-2.npz").is_file():  # drawn last
+            draw(config, args.seeds[0], args.runs, args.assets / "consistency.png")
+        return 0
+    except (ValueError, OSError) as e:
+        cm.fail(e)
+    except FloatingPointError as e:
+        sys.exit(f"consistency: {e}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
