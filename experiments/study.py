@@ -573,7 +573,7 @@ def draw_map(rows, path):
     points = map_points(rows)
     if points.empty:
         return
-    figure = Figure(figsize=(8.8, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     weights = sorted(set(points["guidance"]))
     axes = np.atleast_1d(figure.subplots(1, len(weights), sharey=True))
     style = dict(zip(sorted(set(points["n_max"])), ("o", "s", "^"), strict=False))
@@ -586,9 +586,12 @@ def draw_map(rows, path):
                           label=f"{method}, n_max {n_max:,.0f}")
         axis.axhline(0, color="k", lw=0.8)
         axis.set(xscale="log", xlabel="passes over the data", title=f"guidance {guidance:g}")
+        axis.set_xticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1,000"])
+        axis.minorticks_off()
+        axis.set_xlim(points["passes"].min() / 1.5, points["passes"].max() * 1.5)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="FD on Few, difference to DDPM\n(below 0: better)")
-    axes[0].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     common.save(figure, path)
 
 
