@@ -31,7 +31,6 @@ import os
 import pickle
 import signal
 import sys
-import time
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -742,12 +741,9 @@ def read_fashion(root, train):
     through torchvision. Raises ValueError."""
     stem = "train" if train else "t10k"
     names = [f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"]
-    found = []
-    for name in names:
-        places = [root / name, root / (name + ".gz")]
-        found += [path for path in places if path.is_file()][:1]
+    found = [path for name in names for path in sorted(root.glob(name + "*"))[:1]]
     if len(found) == 1:
-        missing = names[0] if names[1] in found[0].name else names[1]
+        missing = next(name for name in names if not found[0].name.startswith(name))
         raise ValueError(f"{root} lacks {missing}[.gz]")
     if found:
         images, labels = map(read_idx, found)
@@ -791,10 +787,9 @@ def read_folder(root, size, train):
     names = sorted(d.name for d in tree.iterdir() if d.is_dir())
     if tree == root:
         names = [n for n in names if n != "val"]
-    if not names:
-        raise ValueError(f"{tree} holds no class folders; it needs one folder of images a class")
     if len(names) < 2:
-        raise ValueError(f"{tree} holds one class only ({names[0]}); imbalance needs at least two")
+        raise ValueError(f"{tree} holds {len(names)} class folder(s); it needs one folder of "
+                         f"images a class, and at least two")
     if not train:
         tree = root / "val"
     folder = torchvision.datasets.folder
@@ -1020,11 +1015,8 @@ def load_checkpoint(path):
     """The dict that training saved. Raises ValueError where `path` is no such checkpoint."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-            pickle.UnpicklingError) as e:
-        reason = "truncated, or not a PyTorch file"
-        if isinstance(e, OSError) and e.strerror:
-            reason = e.strerror
+    except Exception as e:  # torch.load raises nearly anything on a broken file
+        reason = getattr(e, "strerror", None) or "truncated, or not a PyTorch file"
         raise ValueError(f"{path} can't be loaded as a checkpoint: {reason}") from None
     needed = {"config", "losses", "network", "counts", "names", "step", "model", "ema"}
     if not isinstance(state, dict) or not needed <= state.keys():
@@ -1037,6 +1029,14 @@ def load_weights(unet, state, path):
         unet.load_state_dict(state)
     except RuntimeError:
         raise ValueError(f"{path} holds another network than its configuration says") from None
+
+
+def saved_config(state, path):
+    """The Config that a checkpoint holds. Raises ValueError."""
+    try:
+        return Config(**state["config"])
+    except (TypeError, AttributeError):
+        raise ValueError(f"{path} is not a checkpoint.pt that this cm.py wrote") from None
 
 
 def made_of(losses, network):
@@ -1059,12 +1059,9 @@ def load_trained(path, weights="ema", losses=CapacityManipulation,
     `losses` and `network` are those of `train`. Raises ValueError."""
     state = load_checkpoint(path)
     check_made_of(state, losses, network, path)
-    try:
-        config = Config(**state["config"])
-        image_channels = state["ema"]["encoder.0.weight"].shape[1]
-        unet = network(config, len(state["counts"]), image_channels)
-    except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{path} is not a checkpoint.pt that this cm.py wrote") from None
+    config = saved_config(state, path)
+    image_channels = state["ema"]["encoder.0.weight"].shape[1]
+    unet = network(config, len(state["counts"]), image_channels)
     load_weights(unet, state[weights], path)
     return config, unet.eval().requires_grad_(False), state["counts"]
 
@@ -1132,13 +1129,10 @@ def over_processes(tensor, op=dist.ReduceOp.SUM, group=None):
 
 
 def stored_options(config):
-    """What config.json and checkpoints hold: how a run is trained, as plain JSON values."""
-    options = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.metadata["group"] != "sampling" and field.name not in ("resume", "overwrite"):
-            options[field.name] = list(value) if isinstance(value, tuple) else value
-    return options
+    """What config.json and checkpoints hold: how a run is trained."""
+    names = [field.name for field in dataclasses.fields(config)
+             if field.metadata["group"] != "sampling"]
+    return {name: getattr(config, name) for name in names if name not in ("resume", "overwrite")}
 
 
 def prepare_run(config, typed, losses, network):
@@ -1153,37 +1147,24 @@ def prepare_run(config, typed, losses, network):
             raise ValueError(f"{out} is in use; type --resume to go on, --overwrite to begin "
                              f"again, or another --out")
         return config, None
-    try:
-        written = json.loads((out / "config.json").read_text())
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in written["options"].items()}
-        saved = Config(**saved)
-        trained = {kind: written[kind] for kind in ("losses", "network")}
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"there is no run to resume in {out}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{out}/config.json is not a configuration that cm.py wrote") from None
-    check_made_of(trained, losses, network, out)
-    free = {"steps", "out", "resume", "device"}
-    for name in sorted(typed - free):
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        raise ValueError(f"there is no run to resume in {out}")
+    state = load_checkpoint(path)
+    check_made_of(state, losses, network, path)
+    if not {"optimizer", "scaler", "log", "world", "precision"} <= state.keys():
+        raise ValueError(f"{path} can be sampled, but not trained on: it is not whole")
+    saved = saved_config(state, path)
+    for name in sorted(typed - {"steps", "out", "resume", "device"}):
         if getattr(config, name) != getattr(saved, name):
             raise ValueError(
                 f"{out} was made with --{name.replace('_', '-')} {getattr(saved, name)}, not "
                 f"{getattr(config, name)}; only --steps may change on --resume")
     steps = config.steps if "steps" in typed else saved.steps
+    if state["step"] > steps:
+        raise ValueError(f"{path} is at step {state['step']} already; --steps is {steps}")
     config = dataclasses.replace(saved, resume=True, out=config.out, device=config.device,
                                  steps=steps)
-    if not (out / "checkpoint.pt").exists():
-        return config, None  # killed before its first checkpoint: begin again
-    state = load_checkpoint(out / "checkpoint.pt")
-    if not {"optimizer", "scaler", "log", "world", "precision"} <= state.keys():
-        raise ValueError(f"{out}/checkpoint.pt can be sampled, but not trained on: it is not whole")
-    for name, value in stored_options(config).items():
-        if name not in free and state["config"].get(name) != value:
-            raise ValueError(f"{out}/checkpoint.pt was made with another "
-                             f"--{name.replace('_', '-')} than config.json says")
-    if state["step"] > steps:
-        raise ValueError(f"{out}/checkpoint.pt is at step {state['step']} already; --steps is "
-                         f"{steps}")
     return config, state
 
 
@@ -1284,14 +1265,21 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
         write_atomically(out / "checkpoint.pt", lambda path: torch.save(saved, path))
 
     if rank == 0:
-        begin_directory(out, config, data, step_done, made_of(losses, network))
+        out.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(out, step_done)
         log.start(step_done)
+        save(step_done, log.sums, log.totals)  # so that there always is a checkpoint to go on from
+        text = json.dumps(dict(made_of(losses, network), options=stored_options(config),
+                               classes=data.names, counts=data.counts.tolist()), indent=1)
+        write_atomically(out / "config.json", lambda path: path.write_text(text))
         size = sum(p.numel() for p in merge(unet).parameters()) / 1e6
         print(f"{config.dataset}: {len(data.images)} images, {len(data.names)} classes; "
               f"{size:.2f} M parameters; {device}; {out}/")
+        if device.type == "cpu" and config.preset == "paper":
+            print("note: this preset is for a GPU; --preset small with an --out of its own gives a "
+                  "result in minutes")
 
     step, stopping, unread = step_done, 0, None
-    began = time.perf_counter()
     progress = tqdm(total=config.steps, initial=step_done, disable=rank > 0, unit="step",
                     mininterval=1.0, dynamic_ncols=True)
     with caught_signals() as signals, progress:
@@ -1338,9 +1326,6 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
             if step % 20 == 0 and rank == 0:
                 text = f"base {float(base.mean()):.4f}, cm {float(loss_cm.mean()):+.4f}"
                 progress.set_postfix_str(text, refresh=False)
-            if step == step_done + 2 and device.type == "cpu" and rank == 0:
-                seconds = (time.perf_counter() - began) / 2 * (config.steps - step)
-                say_if_long(seconds, config, progress)
     if rank == 0 and step == config.steps:
         write_atomically(out / "merged.pt", lambda p: torch.save(merge(ema).state_dict(), p))
         report(ema, data, config, out)
@@ -1353,18 +1338,11 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     return 0 if step == config.steps else 128 + stopping
 
 
-def begin_directory(out, config, data, step_done, made_of):
-    """Make the run directory, or clear what a killed or overwritten run left, and say what runs."""
-    out.mkdir(parents=True, exist_ok=True)
-    stale = list(out.glob(".*.tmp*"))
-    if not step_done:
-        names = ("checkpoint.pt", "merged.pt", "samples.png", "curves.png")
-        stale += [out / name for name in names]
-    for path in stale:
+def clear_leftovers(out, step_done):
+    """Remove the temporary files of a killed run and, from step 0 on, what an older run made."""
+    results = [out / name for name in ("merged.pt", "samples.png", "curves.png")]
+    for path in [*out.glob(".*.tmp*"), *(results if step_done == 0 else [])]:
         path.unlink(missing_ok=True)
-    text = json.dumps(dict(made_of, options=stored_options(config), classes=data.names,
-                           counts=data.counts.tolist()), indent=1)
-    write_atomically(out / "config.json", lambda p: p.write_text(text))
 
 
 def launcher():
@@ -1408,19 +1386,8 @@ def check_finite(unread, names, out):
     what = "gradient" if loss_finite else "loss"
     losses = ", ".join(f"{names[k]} {float(base[y == k].mean()):.3g}"
                        for k in y.unique().tolist()[:20])
-    good = "there is no checkpoint"
-    if (out / "checkpoint.pt").is_file():
-        good = f"the last good checkpoint is {out}/checkpoint.pt"
     raise FloatingPointError(f"the {what} is not finite at step {step}; base loss in this batch: "
-                             f"{losses}; {good}")
-
-
-def say_if_long(seconds, config, progress):
-    if seconds > 3 * 3600:
-        where = f" --data {config.data}" if config.data else ""
-        progress.write(f"On this CPU the remaining steps will take about {seconds / 86400:.1f} "
-                       f"days. Run this on a GPU, or, for a result in minutes: python cm.py "
-                       f"--dataset {config.dataset} --preset small --out {config.out}-small{where}")
+                             f"{losses}; the last good checkpoint is {out}/checkpoint.pt")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1497,17 +1464,13 @@ def draw_samples(ema, data, config, path, columns=8):
     y_in = torch.full_like(y, -1) if config.unconditional else y
     seeds = [hashed_seed("image", config.seed, i) for i in range(len(y))]
 
-    def generated(unet):
-        parts = []
-        for i in range(0, len(y), 250):
-            part = slice(i, i + 250)
-            parts.append(sample(unet, y_in[part], data.images.shape[1:], seeds=seeds[part]))
-        return to_uint8(torch.cat(parts))
+    def generated():
+        return to_uint8(sample(merge(ema), y_in, data.images.shape[1:], seeds=seeds))
 
-    panels = {"real (training set)": data.first(shown, columns), "θ": generated(merge(ema))}
+    panels = {"real (training set)": data.first(shown, columns), "θ": generated()}
     if not config.no_cm:
         with general_only(ema):
-            panels["θ_g, without BA"] = generated(merge(ema))
+            panels["θ_g, without BA"] = generated()
     names = [f"{data.names[k]}  {int(data.counts[k])}" for k in shown]
     if config.unconditional:
         names[1:] = ["any"] * (len(names) - 1)
@@ -1718,6 +1681,10 @@ class Config:
     general_only: bool = option("sampling", False, "sample theta_g, without BA (Tab. 7)")
     sample_batch: int = option("sampling", 250, "images at a time")
 
+    def __post_init__(self):  # argparse and JSON make lists
+        for name, value in vars(self).items():
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+
     def resolved(self):
         """A copy with every preset-dependent field filled in. Raises ValueError on nonsense."""
         config = dataclasses.replace(self)
@@ -1732,7 +1699,6 @@ class Config:
         if config.warmup is None:  # the paper's 5,000 of 300,000, scaled to the planned length
             config.warmup = max(1, config.steps // 60)
         config.out = config.out or f"runs/{config.dataset}"
-        config.multipliers, config.attention = tuple(config.multipliers), tuple(config.attention)
         config.check()
         return config
 
@@ -1802,8 +1768,7 @@ def parse(argv):
         flag = "--" + field.name.replace("_", "-")
         sections[title].add_argument(flag, default=argparse.SUPPRESS, help=text, **extra)
     typed = vars(parser.parse_args(argv))
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in typed.items()}
-    return Config(**options), set(typed)
+    return Config(**typed), set(typed)
 
 
 def spell(value):
