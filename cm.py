@@ -99,21 +99,25 @@ def reserve_capacity(module, rank_ratio=0.1):
         raise ValueError(f"rank ratio {rank_ratio} is outside (0, 1]")
     if reserved_layers(module):
         raise ValueError("capacity is reserved in this module already; merge it first")
-    reserved, largest = {}, 0
+    ranks = full_ranks(module)
+    reserved = {layer: LowRankReserved(layer, int(rank_ratio * full_rank))
+                for layer, full_rank in ranks.items() if int(rank_ratio * full_rank) > 0}
+    if not reserved:
+        raise ValueError(f"rank ratio {rank_ratio} reserves nothing: the largest full rank here is "
+                         f"{max(ranks.values(), default=0)}")
+    return replace_modules(module, reserved)
+
+
+def full_ranks(module):
+    """{layer: min(d, k)} of every Conv2d and Linear inside `module`. Raises ValueError."""
+    ranks = {}
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            full_rank = min(layer.weight.flatten(1).shape)
-            largest = max(largest, full_rank)
-            rank = int(rank_ratio * full_rank)
             if "weight" not in layer._parameters or layer._forward_pre_hooks:
                 raise ValueError("a layer's weight is computed from others (weight norm, "
                                  "parametrization); capacity is reserved in plain layers only")
-            if rank > 0:
-                reserved[layer] = LowRankReserved(layer, rank)
-    if not reserved:
-        raise ValueError(
-            f"rank ratio {rank_ratio} reserves nothing: the largest full rank here is {largest}")
-    return replace_modules(module, reserved)
+            ranks[layer] = min(layer.weight.flatten(1).shape)
+    return ranks
 
 
 def replace_modules(module, new):
@@ -126,7 +130,8 @@ def replace_modules(module, new):
 
 
 def reserved_layers(module):
-    return [m for m in module.modules() if isinstance(m, LowRankReserved)]
+    """The layers with reserved capacity; not a subclass's (LoRA's factors belong to theta_g)."""
+    return [m for m in module.modules() if type(m) is LowRankReserved]
 
 
 @contextlib.contextmanager
@@ -152,11 +157,11 @@ def merge(module):
     It has the names, parameter count and FLOPs of a network that never had reserved capacity.
     Inside `general_only` it is a plain copy of theta_g."""
     plain = copy.deepcopy(module)
-    merged = {}
-    for reserved in reserved_layers(plain):
+    layers = [m for m in plain.modules() if isinstance(m, LowRankReserved)]
+    for reserved in reversed(layers):  # from the inside out, where one lies in another
         reserved.layer.weight = nn.Parameter(reserved.weight.detach().clone())
-        merged[reserved] = reserved.layer
-    return replace_modules(plain, merged)
+        plain = replace_modules(plain, {reserved: reserved.layer})
+    return plain
 
 
 # --------------------------------------------------------------------------------------------------
