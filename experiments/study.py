@@ -109,13 +109,15 @@ class Stage(NamedTuple):
 
 @functools.cache
 def equal_compute(steps):
-    """The plain network's steps that cost as many FLOPs as `steps` of CM, forward and backward."""
+    """The plain network's steps that cost as many FLOPs as `steps` of CM, forward and backward, of
+    a whole batch: BA is formed once a step, whatever the number of images."""
     flops = []
     for no_cm in (True, False):
         config = cm.Config(dataset="fashion", no_cm=no_cm).resolved()
         with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
             unet = cm.make_unet(config, 10, 1)
-            x, t = torch.zeros(2, 1, 16, 16), torch.zeros(2, dtype=torch.long)
+            x = torch.zeros(config.batch_size, 1, config.image_size, config.image_size)
+            t = torch.zeros(config.batch_size, dtype=torch.long)
             losses = cm.CapacityManipulation(unet, [1] * 10, config)
             losses(x, t, t, x, t)[0].backward()
         flops.append(counter.get_total_flops())

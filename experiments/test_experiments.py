@@ -547,7 +547,8 @@ def test_study_stages_are_what_was_fixed_beforehand():
 
 
 def test_equal_compute_is_the_ratio_of_flops():
-    """Of the forward pass alone: the gradients cost in proportion, but for BA's product."""
+    """Of the forward pass alone: the gradients cost in proportion. BA, formed once a step, costs
+    less than a hundredth of a batch."""
     from torch.utils.flop_counter import FlopCounterMode
     from experiments import study
     unet = cm.make_unet(cm.Config(dataset="fashion", no_cm=True).resolved(), 10, 1)
@@ -560,7 +561,7 @@ def test_equal_compute_is_the_ratio_of_flops():
         unet.decode(*hidden)
     flops.append(counter.get_total_flops())
     ratio = study.equal_compute(6000) / 6000
-    assert 1 <= ratio / ((flops[0] + 2 * flops[1]) / sum(flops)) < 1.07
+    assert 1 < ratio / ((flops[0] + 2 * flops[1]) / sum(flops)) < 1.005
     assert study.equal_compute(600) == round(600 * ratio)
 
 
@@ -575,11 +576,11 @@ def study_rows(n_max=1000, steps=6000, guidance=0, seed=10, **values):
 def test_study_rows_lie_in_order():
     from experiments import common, study
     rows = common.text(study_rows(RS=[(1, 1)]) + study_rows(DDPM=[(1, 1), (1, 1)])
-                       + study_rows(DDPM=[(1, 1)], steps=10929) + study_rows(200, CM=[(1, 1)])
+                       + study_rows(DDPM=[(1, 1)], steps=10682) + study_rows(200, CM=[(1, 1)])
                        + study_rows(DDPM=[(1, 1)], guidance=1))
     shown = study.in_order(rows)[["method", "n_max", "seed", "steps", "guidance"]].values.tolist()
     assert shown == [["CM", "200", "10", "6000", "0"], ["DDPM", "1000", "10", "6000", "0"],
-                     ["DDPM", "1000", "10", "6000", "1"], ["DDPM", "1000", "10", "10929", "0"],
+                     ["DDPM", "1000", "10", "6000", "1"], ["DDPM", "1000", "10", "10682", "0"],
                      ["DDPM", "1000", "11", "6000", "0"], ["RS", "1000", "10", "6000", "0"]]
 
 
