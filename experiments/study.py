@@ -136,8 +136,10 @@ def make_stages():
         "6000": Stage(6000, range(10, 15), FOUR, end),
         "compute": Stage(1000, range(10, 18), ("DDPM", "RS"), (Point(equal_compute(6000)),)),
         "bases": Stage(1000, range(10, 15), ("OC", "CM on OC", "CBDM", "CM on CBDM"), end),
+        "general": Stage(1000, range(10, 18), ("CM, θ_g",), end),
+        "200-general": Stage(200, range(10, 16), ("CM, θ_g",), (Point(8000),)),
         "controls": Stage(1000, range(10, 13), (
-            "CM, θ_g", "ADA", "Overlap", "Focal", "CM, λ = 0", "CM, no L_Con", "CM, no L_Div",
+            "ADA", "Overlap", "Focal", "CM, λ = 0", "CM, no L_Con", "CM, no L_Div",
             "CBDM (θ_g ⊕ θ_e)", "Group-Expert LoRA"), end),
         "lora": Stage(1000, range(10, 13), ("CBDM (LoRA)",), (Point(3000),)),
         "sampler": Stage(1000, range(10, 13), ("DDPM", "CM"), (Point(6000, 0, "dpm"),)),  # G.10
