@@ -2549,9 +2549,10 @@ def test_fid_score_is_the_metrics_by_name(kind):
         assert "accuracy" not in fid.score(real, generated, kind, logits)
     assert result == expected
     # sets too small for three neighbours or ten splits
-    small = fid.score(real, generated[:3], kind, logits[:3], labels[:3])
+    small = fid.score(real, generated[:3], kind, logits[:3], labels[:3], radii)
     assert small["precision"] == fid.precision_recall(real, generated[:3], 2)[0]
-    assert fid.score(real[:2], generated, kind, logits)["recall"] in (0.0, 0.5, 1.0)
+    assert fid.score(real[:2], generated, kind, logits, radii=radii)["recall"] in (0.0, 0.5, 1.0)
+    assert seen[1:] == [(True, 2), (False, 1)]  # as many as the smaller set has
 
 
 @pytest.fixture
@@ -2647,6 +2648,33 @@ def test_fid_evaluate_of_few_or_unlabelled_samples(sampled, hasty):
         assert set(result) == {"settings", "overall"} | splits
 
 
+def test_fid_reads_an_npz_and_a_folder_of_two_images_and_more(tmp_path):
+    from PIL import Image
+
+    x, _ = cm.draw_shapes(1, 8, seed=6)
+    np.savez(tmp_path / "two.npz", arr_0=x[:2, ..., :1], arr_1=[0, 3], counts=[4, 3, 2, 1])
+    images, labels, counts = fid.read_images(tmp_path / "two.npz")
+    assert np.array_equal(images.permute(0, 2, 3, 1), x[:2, ..., :1])
+    assert torch.equal(labels, torch.tensor([0, 3])) and counts == [4, 3, 2, 1]
+    np.savez(tmp_path / "pickled.npz", arr_0=x, arr_1=np.array([None] * len(x)))
+    with pytest.raises(ValueError, match="can't be read as an .npz"):  # loading it could run code
+        fid.read_images(tmp_path / "pickled.npz")
+    for i, name in enumerate(("b.PNG", "a/c.png", "a/b.bmp")):
+        file = tmp_path / "folder" / name
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(x[i]).save(file)
+    (tmp_path / "folder" / "a" / "notes.txt").write_text("no image")
+    images, labels, counts = fid.read_images(tmp_path / "folder")
+    assert np.array_equal(images.permute(0, 2, 3, 1), x[[2, 1, 0]])  # in their names' order
+    assert labels is None and counts is None
+    Image.fromarray(x[3, :4]).save(tmp_path / "folder" / "d.png")
+    with pytest.raises(ValueError, match="several sizes"):
+        fid.read_images(tmp_path / "folder")
+    file.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="b.bmp can't be read as an image"):
+        fid.read_images(tmp_path / "folder")
+
+
 def test_fid_says_what_a_folders_real_set_is(sampled, hasty, capsys):
     from PIL import Image
 
@@ -2668,6 +2696,22 @@ def test_fid_says_what_a_folders_real_set_is(sampled, hasty, capsys):
         2,
         "folder tree, training images as they come, 3 a class",
     )
+
+
+def test_fid_cached_makes_each_key_once(tmp_path):
+    made, directory = [], tmp_path / "new" / "cache"
+
+    def make():
+        made.append(None)
+        return torch.tensor(len(made))
+
+    keys = [("radii", [b"x", 3]), ("radii", [b"x", 4]), ("radii", [b"y", 3]), ("sums", [b"x", 3])]
+    for _ in range(2):
+        assert [int(fid.cached(directory, *key, make)) for key in keys] == [1, 2, 3, 4]
+    (file,) = directory.glob("sums-*.pt")
+    torch.save(Path("what only a pickle holds"), file)
+    with pytest.raises(pickle.UnpicklingError):  # loading it could run code
+        fid.cached(directory, *keys[-1], make)
 
 
 def test_fid_cache_of_a_gpu_is_read_without_one(tmp_path, monkeypatch):
@@ -2721,7 +2765,7 @@ def test_gpu_fid_metrics_equal_the_cpus():
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ("none.npz --dataset shapes", "can't be read"),
+        ("none.npz --dataset shapes", "can't be read as an .npz of images (No such file"),
         ("text.npz --dataset shapes", "can't be read"),
         ("good.npz", "real images are missing"),
         ("one.npz --dataset shapes", "1 image"),
@@ -2732,7 +2776,7 @@ def test_gpu_fid_metrics_equal_the_cpus():
             "counts.npz --dataset shapes --features classifier",
             "counts of 9 classes, the real set has 10",
         ),
-        ("good.npz --reference big.npz", "sizes differ"),
+        ("good.npz --reference big.npz", "samples are [3, 8, 8], real images [3, 16, 16]"),
         ("good.npz --reference unlabelled.npz --features classifier", "one integer label an image"),
         ("good.npz --reference plain.npz --features classifier", "needs real images with labels"),
         ("good.npz --dataset mnist", "invalid choice"),
