@@ -2,7 +2,7 @@
 training, without and with guidance.
 
     python -m experiments.study --data /usr/share/datasets/fashion-mnist   # what has no row yet
-    python -m experiments.study --data DIR --stage 1000       # one stage (they are in STAGES)
+    python -m experiments.study --data DIR --stage 1000       # one stage (make_stages has them)
     python -m experiments.study --table                       # tables and the map of the rows
     python -m experiments.study --table --summary             # the claims and the map's numbers
     python -m experiments.study --table --rows experiments/results/first_study.csv
@@ -354,7 +354,7 @@ def study(names, path, runs, flags, jobs, num_images):
     flags = common.with_defaults(flags, warmup="100")
     own = {"--steps", "--n-max", "--seed"}.intersection(flags)
     if own:
-        raise ValueError(f"{min(own)} is set by the stages (STAGES in study.py)")
+        raise ValueError(f"{min(own)} is set by the stages (make_stages in study.py)")
     missing = missing_points(names, common.read_rows(path, common.settings(flags)), runs)
     total = sum(len(points) for points in missing_points(names, [], runs).values())
     to_do = sum(map(len, missing.values()))
@@ -457,12 +457,16 @@ def differences(group):
                 title = name if factor == 1 else f"{factor} × {name}"
                 row[title] = "ran off" if off(run) or off(base) else common.interval(
                     factor * mean, factor * half, digits.get(name, 2))
-        if "FD2 Few" in row:
-            first, second = (common.difference(run[name], base[name])[0]
-                             for name in ("FD Few", "FD2 Few"))
-            row["FD2 Few"] += " (sign differs)" if first * second < 0 else ""
+        if "FD2 Few" in row and sign_differs(run, base):
+            row["FD2 Few"] += " (sign differs)"
         shown.append(row)
     return common.markdown(shown)
+
+
+def sign_differs(run, base):
+    """Does the second classifier see the difference on Few the other way?"""
+    first, second = (common.difference(run[name], base[name])[0] for name in ("FD Few", "FD2 Few"))
+    return first * second < 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -497,7 +501,8 @@ def verdict(fd, p, recall, memorised):
 
 
 def claims(rows):
-    """The table of the claims. p: paired t-test, two-sided, Holm over all claims."""
+    """The table of the claims. p: paired t-test, two-sided, Holm over all claims. A verdict is one
+    of the seeds at hand; the table says of how many."""
     compared, p_values = [], []
     for n_max, ours, other in make_claims():
         pair = at(rows, ours[0], n_max, ours[1]), at(rows, other[0], n_max, other[1])
@@ -511,11 +516,14 @@ def claims(rows):
         fd, recall, memorised = (common.difference(*(run[name] for run in pair)) for name in
                                  ("FD Few", "recall Few", "memorised Few"))
         steps = " and ".join(f"{n:,}" for n in sorted({ours[1], other[1]}))
+        planned = len(make_stages()[str(n_max)].seeds)
+        difference = common.interval(*fd[:2], 1) if fd[2] else "–"
+        if sign_differs(*pair):
+            difference += " (FD2: sign differs)"
         shown.append({
             "claim": f"{ours[0]} below {other[0]}", "n_max": f"{n_max:,}", "steps": steps,
-            "seeds": fd[2]} | {name: common.spread(run["FD Few"], 1) for name, run in zip(
-                ("FD Few, ours", "FD Few, theirs"), pair, strict=True)} | {
-            "difference": common.interval(*fd[:2], 1) if fd[2] else "–",
+            "seeds": f"{fd[2]} of {planned}", "FD Few, ours": common.spread(pair[0]["FD Few"], 1),
+            "FD Few, theirs": common.spread(pair[1]["FD Few"], 1), "difference": difference,
             "recall Few": common.interval(*recall[:2], 3) if fd[2] else "–",
             "memorised Few": common.interval(*memorised[:2], 3) if fd[2] else "–",
             "p, Holm": f"{p:.3f}" if fd[2] > 1 else "–",

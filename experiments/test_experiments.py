@@ -568,8 +568,8 @@ def test_equal_compute_is_the_ratio_of_flops():
 def study_rows(n_max=1000, steps=6000, guidance=0, seed=10, **values):
     """Rows of a study: {method: [(FD Few, loss Few)]}, a value a seed."""
     return [{"method": m, "n_max": n_max, "steps": steps, "seed": seed + i, "guidance": guidance,
-             "sampler": "ddim", "FD Few": fd, "loss Few": loss, "recall Few": 0.5 + 0.001 * i,
-             "memorised Few": 0.0, "options": "--dataset fashion"}
+             "sampler": "ddim", "FD Few": fd, "FD2 Few": fd, "loss Few": loss,
+             "recall Few": 0.5 + 0.001 * i, "memorised Few": 0.0, "options": "--dataset fashion"}
             for m, pairs in values.items() for i, (fd, loss) in enumerate(pairs)]
 
 
@@ -640,7 +640,8 @@ def test_study_claims_are_eight_and_paired():
     rows = numbers(
         study_rows(DDPM=[(10, 0), (20, 0), (30, 0)], CM=[(8, 0), (17, 0), (28.5, 0)],
                    RS=[(5, 0)] * 3)
-        + study_rows(DDPM=[(9, 0), (8, 0)], seed=11, steps=equal)
+        + [row | {"FD2 Few": 99.0} for row in study_rows(DDPM=[(9, 0), (8, 0)], seed=11,
+                                                         steps=equal)]
         + study_rows(DDPM=[(1, 0), (1, 0), (1, 0)], CM=[(8, 0), (9, 0), (8, 0)], guidance=1))
     table, = shown_cells(study.claims(rows))
     assert len(table) == 2 + 8 and [row[0] for row in table[2:]] == [
@@ -657,8 +658,12 @@ def test_study_claims_are_eight_and_paired():
     assert row["p, Holm"] == f"{8 * p:.3f}" and row["verdict"].startswith("undecided (gain at most")
     assert table[5][-1] == "not run" and table[2][-1] == "not run"
     later = dict(zip(table[0], table[8], strict=True))
-    assert later["seeds"] == "2" and later["steps"] == f"6,000 and {equal:,}"
+    assert later["seeds"] == "2 of 8" and later["steps"] == f"6,000 and {equal:,}"
+    assert [row[3] for row in table[2:8]] == ["0 of 6", "0 of 6", "3 of 8", "0 of 8", "0 of 5",
+                                              "0 of 5"]
     assert later["difference"].startswith("+14.2 [")  # 17 - 9 and 28.5 - 8
+    assert later["difference"].endswith("] (FD2: sign differs)")  # where theirs is 99
+    assert "differs" not in row["difference"] and table[2][6] == "–"
 
 
 def test_study_compares_with_the_base_and_shows_what_ran_off():
@@ -667,9 +672,8 @@ def test_study_compares_with_the_base_and_shows_what_ran_off():
         "RS", "CM", "CM with RS", "CM on OC", "CM, θ_g", "CM, λ = 0", "CM, m = 0.01, θ_g",
         "CM, rank ratio 0.5", "CM --ir 50")] == [
         "DDPM", "DDPM", "RS", "OC", "CM", "CM", "CM, m = 0.01", "CM", "DDPM --ir 50"]
-    rows = [row | {"FD2 Few": row["FD Few"]} for row in study_rows(
-        **{"DDPM": [(10, 0.1), (20, 0.2)], "CM, m = 0.1": [(9, 0.3), (16, 0.6)],
-           "CM, m = inf": [(50, 7), (60, 8)]})]
+    rows = study_rows(**{"DDPM": [(10, 0.1), (20, 0.2)], "CM, m = 0.1": [(9, 0.3), (16, 0.6)],
+                         "CM, m = inf": [(50, 7), (60, 8)]})
     rows[2]["FD2 Few"] = 30.0  # of the second classifier, the mean difference is above 0
     (title, group), other = study.groups(numbers(rows + study_rows(DDPM=[(1, 1)], guidance=1)))
     assert title == "n_max 1,000, guidance 0" and other[0] == "n_max 1,000, guidance 1"
