@@ -1,0 +1,250 @@
+"""Does CM help beyond diffusion? Long-tailed classification, as in Tab. G.13.
+
+    python -m experiments.classification --data /usr/share/datasets/fashion-mnist
+    python -m experiments.classification --table    # only the tables and assets/classification.png
+    python -m experiments.classification --dataset cifar100 --network resnet18 --epochs 200 \\
+        --rows cifar100.csv                         # the paper's setting; wants a GPU
+
+Cross-entropy (CE), LDAM and logit adjustment (LA), each plain and with CM. Which outputs L_CM
+compares, its margin m and the rank, which the paper doesn't say, are chosen for each of them by the
+accuracy on images that the split leaves unused, with seed 0. Columns: accuracy, of theta, and
+general, of theta_g; the rows of part "validation" are what was tried.
+"""
+
+import itertools
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import cm
+from experiments import classifiers, common
+
+SEARCH_SEED = 0
+MARGINS = {"logits": (0.01, 0.1, 1.0), "log-softmax": (0.01, 0.1, 1.0),
+           "softmax": (1e-4, 1e-3, 1e-2)}  # mean squares over the classes
+CANDIDATES = [classifiers.How(outputs, m, rank_ratio) for outputs, margins in MARGINS.items()
+              for m, rank_ratio in itertools.product(margins, (0.1, 0.3))]
+SIZES = {"small": 16, "resnet18": 32}  # network: side of the images
+SPLITS = ("Many", "Medium", "Few", "overall")
+KEY = ["part", "base", "outputs", "margin", "rank ratio", "seed"]
+WORDS = ("part", "base", "method", "outputs", "status", "options")
+PAPER = {  # Tab. G.13: IR: accuracy, %, on CIFAR-100
+    200: {"CE": (70.03, 42.13, 6.38, 36.56), "LDAM": (62.13, 43.64, 16.64, 38.66),
+          "LDAM + CM": (60.20, 46.35, 20.69, 40.50), "LA": (60.46, 45.16, 20.43, 40.11),
+          "LA + CM": (63.73, 46.38, 20.16, 41.36)},
+    100: {"CE": (70.14, 40.54, 6.73, 40.76), "LDAM": (61.77, 41.57, 19.10, 41.90),
+          "LDAM + CM": (62.40, 44.94, 21.77, 44.10), "LA": (57.91, 45.80, 23.53, 43.36),
+          "LA + CM": (61.60, 46.94, 23.80, 45.14)}}
+
+
+def accuracies(net, judged, counts, kind):
+    """{"accuracy Few": ...} of a plain network: means over the classes."""
+    found = classifiers.confusion(net, judged, len(counts))
+    recalls = found.diag() / found.sum(1)
+    groups = cm.splits(counts) | {"overall": np.arange(len(counts))}
+    return {f"{kind} {name}": recalls[k].mean().item() for name, k in groups.items()}
+
+
+def measure(args, key, how, data, options):
+    """A row: train, or go on there, and judge. "status" says where a training ran off."""
+    training, judged, names = data
+    counts = np.bincount(training.labels.cpu(), minlength=len(names))
+    steps = math.ceil(args.epochs * len(training.labels) / classifiers.BATCH)
+    row = key | {"method": "plain" if how is None else "CM", "status": "finished"}
+    row |= {f"accuracy {s}": math.nan for s in SPLITS}
+    try:
+        net = classifiers.fit(args.network, training, counts, key["base"], key["seed"], steps,
+                              checkpoint_of(args, key), options, how,
+                              augment=args.dataset != "fashion")
+        row |= accuracies(cm.merge(net), judged, counts, "accuracy")
+        if how is not None:
+            row |= accuracies(classifiers.general(net, training.images), judged, counts, "general")
+    except FloatingPointError as e:
+        row["status"] = re.search(r"not finite at step \d+", str(e))[0]
+    return row | {"options": options}
+
+
+def checkpoint_of(args, key):
+    return args.runs / ("-".join(str(v) for v in key.values() if v != "") + ".pt")
+
+
+def chosen(rows, base):
+    """The candidate of the highest validation accuracy, the first of equal ones; None where not all
+    have been tried. Raises ValueError where none finished."""
+    tried = rows[(rows["part"] == "validation") & (rows["base"] == base) & (rows["method"] == "CM")]
+    if len(tried) < len(CANDIDATES):
+        return None
+    if tried["accuracy overall"].isna().all():
+        raise ValueError(f"no {base} with CM stayed finite; leave {base} out of --bases")
+    best = tried.loc[tried["accuracy overall"].idxmax()]
+    return classifiers.How(best["outputs"], best["margin"], best["rank ratio"])
+
+
+def study(args):
+    """Every run that has no row yet: first all that there is to choose from. Raises ValueError."""
+    options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}"
+                       for name in ("dataset", "epochs", "ir", "n_max", "network"))
+    rows, device = common.read_rows(args.rows, options), cm.pick_device()
+    data = {part: classifiers.read(args.dataset, args.data, SIZES[args.network], args.n_max,
+                                   args.ir, device, part == "validation")
+            for part in ("test", "validation")}
+    runs = [("validation", SEARCH_SEED, *run)
+            for run in itertools.product(args.bases, (None, *CANDIDATES))]
+    runs += [("test", *run) for run in itertools.product(args.seeds, args.bases, (None, chosen))]
+    for number, (part, seed, base, how) in enumerate(runs, 1):
+        if how is chosen:
+            how = chosen(common.numbers(rows, WORDS), base)
+        key = dict(zip(KEY, (part, base, *(how or ("", "", "")), seed), strict=True))
+        if rows.empty or not (rows[KEY] == common.text([key]).iloc[0]).all(axis=1).any():
+            print(f"run {number} of {len(runs)}", file=sys.stderr)
+            new = common.text([measure(args, key, how, data[part], options)])
+            rows = pd.concat([rows, new], ignore_index=True).fillna("")
+            common.write_rows(args.rows, rows)
+            checkpoint_of(args, key).unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Table and picture
+
+
+def tested(rows):
+    """{"LA": its rows on the test set by seed, "LA + CM": ...}, in %, in order."""
+    rows = rows[rows["part"] == "test"].set_index("seed")
+    columns = [f"{kind} {s}" for kind in ("accuracy", "general") for s in SPLITS]
+    percent = 100 * rows.reindex(columns=columns)
+    return {base + end: percent[(rows["base"] == base) & (rows["method"] == method)]
+            for base in classifiers.BASES for method, end in (("plain", ""), ("CM", " + CM"))
+            if ((rows["base"] == base) & (rows["method"] == method)).any()}
+
+
+def compared(runs, paper):
+    """Rows of the table of differences: ours and, where Tab. G.13 has both, the paper's."""
+    shown = []
+    pairs = [(name, name.removesuffix(" + CM")) for name in runs if name.endswith("CM")]
+    for ours, theirs in pairs + [(base, "CE") for base in runs if base in classifiers.BASES[1:]]:
+        if theirs in runs:
+            shown.append({"difference": f"{ours} − {theirs}", "of": "here"} | {
+                s: common.interval(*change(runs, ours, theirs, s)[:2]) for s in SPLITS})
+            if ours in paper and theirs in paper:
+                shown.append({"difference": "", "of": "the paper"} | {
+                    s: f"{a - b:+.2f}"
+                    for s, a, b in zip(SPLITS, paper[ours], paper[theirs], strict=True)})
+    return shown
+
+
+def change(runs, ours, theirs, split):
+    """(mean, half-width, seeds) of the difference in accuracy."""
+    return common.difference(*(runs[name][f"accuracy {split}"] for name in (ours, theirs)))
+
+
+def tried(rows):
+    """Rows of the table of what was tried: validation accuracy overall, in %, the best bold."""
+    rows = rows[rows["part"] == "validation"]
+    bases = [base for base in classifiers.BASES if base in set(rows["base"])]
+    best, shown = {base: chosen(rows, base) for base in bases}, []
+    for outputs, m, rank_ratio in (("", math.nan, math.nan), *CANDIDATES):
+        cells = {"outputs": outputs or "plain", "m": f"{m:g}" if outputs else "",
+                 "rank ratio": f"{rank_ratio:g}" if outputs else ""}
+        for base in bases:
+            here = rows[(rows["base"] == base) & (rows["outputs"] == outputs)]
+            if outputs:
+                here = here[(here["margin"] == m) & (here["rank ratio"] == rank_ratio)]
+            value = "–" if here.empty else f"{100 * here['accuracy overall'].iloc[0]:.2f}"
+            bold = "**" * (best[base] == (outputs, m, rank_ratio))
+            cells[base] = bold + value.replace("nan", "not finite") + bold
+        shown.append(cells)
+    return shown
+
+
+def papers(rows):
+    """Tab. G.13 at the IR of the rows, at 100 where it has none."""
+    return PAPER.get(float(re.search(r"--ir (\S+)", rows["options"].iloc[0])[1]), PAPER[100])
+
+
+def table(rows):
+    """The tables in Markdown."""
+    runs = tested(rows)
+    values = [{"method": name, "seeds": len(run)} | {
+        s: common.spread(run[f"accuracy {s}"], 2) for s in SPLITS} | {
+        f"θ_g {s}": common.spread(run[f"general {s}"], 2) for s in ("Few", "overall")}
+        for name, run in runs.items()]
+    return "\n\n".join([
+        "Accuracy on the test set, %: mean ± standard deviation over seeds",
+        common.markdown(values),
+        "Differences, points, paired by seed: mean and 95 % interval (the paper: CIFAR-100)",
+        common.markdown(compared(runs, papers(rows))),
+        "What was tried: accuracy on the validation images, %, one seed; chosen is the bold one",
+        common.markdown(tried(rows))])
+
+
+def draw(rows, path):
+    """Accuracies, and what CM changes beside what it changes in Tab. G.13."""
+    runs, paper = tested(rows), papers(rows)
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    place = np.arange(len(SPLITS))
+    for i, (name, run) in enumerate(runs.items()):
+        shown = run[[f"accuracy {s}" for s in SPLITS]]
+        colour = f"C{classifiers.BASES.index(name.split(' ')[0])}"
+        left.bar(place + 0.8 * ((i + 0.5) / len(runs) - 0.5), shown.mean(), 0.8 / len(runs),
+                 yerr=shown.std(), error_kw=dict(lw=1), color=colour, edgecolor="white",
+                 hatch="//" if name.endswith("CM") else "", label=name)
+    with_cm = [base for base in classifiers.BASES if {base, f"{base} + CM"} <= set(runs)]
+    for i, base in enumerate(with_cm):
+        at, ours = place + 0.6 * ((i + 0.5) / len(with_cm) - 0.5), f"{base} + CM"
+        colour = f"C{classifiers.BASES.index(base)}"
+        mean, half, _ = zip(*(change(runs, ours, base, s) for s in SPLITS), strict=True)
+        right.errorbar(at, mean, np.nan_to_num(half), fmt="o", color=colour,
+                       label=f"{ours} − {base}")
+        if ours in paper:
+            right.plot(at, np.subtract(paper[ours], paper[base]), "x", color=colour)
+    right.plot([], [], "kx", label="the paper's, CIFAR-100")
+    right.axhline(0, color="k", lw=0.8)
+    left.set(ylabel="accuracy, %", ylim=(0, 118))  # room for the legend
+    right.set(ylabel="what CM adds, points (95 %)")
+    for axis, columns in ((left, 4), (right, 1)):
+        axis.set_xticks(place, SPLITS)
+        axis.legend(fontsize=8, ncols=columns)
+    common.save(figure, path)
+
+
+def main(argv=None):
+    parser = common.parser("classification", __doc__)
+    parser.add_argument("--dataset", choices=[d for d in cm.DATASETS if d != "folder"],
+                        default="fashion")
+    parser.add_argument("--data", help="where it lies [default: data]")
+    parser.add_argument("--ir", type=float, default=100.0, help="imbalance ratio")
+    parser.add_argument("--n-max", type=int, help="images in the largest class [fashion: 1000]")
+    parser.add_argument("--network", choices=list(SIZES), default="small")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--bases", choices=classifiers.BASES, nargs="+",
+                        default=["CE", "LDAM", "LA"], help="DRW: deferred re-weighting")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
+    parser.add_argument("--runs", type=Path, default=Path("runs/classification"))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # results repeat only with the same number of threads
+    try:
+        if args.n_max is None and args.dataset == "fashion":
+            args.n_max = 1000
+        cm.check(args.n_max is None or args.n_max >= 1, "n_max", args.n_max, "at least 1")
+        cm.check(args.epochs >= 1, "epochs", args.epochs, "at least 1")
+        cm.check(min(args.seeds) >= 0, "seeds", min(args.seeds), "at least 0")
+        if not args.table:
+            study(args)
+        rows = common.numbers(common.read_table(args.rows), WORDS)
+        print(table(rows))
+        if (rows["part"] == "test").any():
+            draw(rows, args.assets / "classification.png")
+        return 0
+    except (ValueError, OSError) as e:
+        cm.fail(e)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""Classifiers of long-tailed images, plain and with CM: what classification.py and downstream.py
+share. It has no command line.
+
+Batch normalisation needs what cm.py's UNet doesn't: only theta's pass moves the running statistics,
+and a theta_g that is reported gets statistics of its own.
+"""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+import cm
+from experiments import common
+
+
+class Images(NamedTuple):
+    """uint8 images [N, C, H, W] and their labels [N]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def read(dataset, data, size, n_max, ir, device, validation=False):
+    """(Images for training, the long-tailed ones of cm.py; the test set's Images; class names).
+
+    validation: instead of the test set, of each class the last 500 training images (at most a fifth
+    of the smallest class) in the order whose first ones the split takes; where it would reach them
+    n_max is lowered. Raises ValueError."""
+    arrays, labels, names = cm.load_dataset(dataset, data, size)
+    if validation:
+        smallest = int(np.bincount(labels).min())
+        spare = min(500, smallest // 5)
+        n_max = min(n_max or smallest, smallest - spare)
+        order = cm.long_tail_indices(labels, 1, n_max=smallest).reshape(len(names), smallest)
+        index = order[:, smallest - spare:].ravel()
+        judged = arrays[index], labels[index]
+    else:
+        judged = cm.load_dataset(dataset, data, size, train=False)[:2]
+    index = cm.long_tail_indices(labels, ir, n_max=n_max)
+    training = Images(*cm.on_device(arrays[index], labels[index], device))
+    return training, Images(*cm.on_device(*judged, device)), names
+
+
+def batch_of(step, size, n, seed):
+    """Indices [size] of the batch of step 1, 2, ... through n images, pass after pass, each in an
+    order of its own. A function of (seed, step), so that a resumed training sees the same."""
+    first = (step - 1) * size
+    orders = [torch.randperm(n, generator=torch.Generator().manual_seed(common.hashed(seed, p)))
+              for p in range(first // n, (first + size - 1) // n + 1)]
+    return torch.cat(orders)[first % n:][:size]
+
+
+# ------------------------------------------------------------------------------------------------
+# Network
+
+NETWORKS = {"small": ((16, 32, 64, 128), 1), "resnet18": ((64, 128, 256, 512), 2)}
+SCALE = 30  # LDAM's s
+
+
+class CosineHead(nn.Module):
+    """Logits s cos(h, w_k): LDAM's normalised last layer (Cao et al. 2019)."""
+
+    def __init__(self, width, num_classes):
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(num_classes, width)))
+
+    def forward(self, h):
+        return SCALE * F.linear(F.normalize(h), F.normalize(self.weight))
+
+
+class Network(nn.Module):
+    """Four stages of torchvision's BasicBlocks behind a 3x3 stem without max-pooling: images
+    [B, C, H, W] in [-1, 1] -> logits [B, classes]. "resnet18" is torchvision's otherwise."""
+
+    def __init__(self, name, channels, num_classes, cosine=False):
+        super().__init__()
+        widths, depth = NETWORKS[name]
+        self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
+                                  nn.BatchNorm2d(widths[0]), nn.ReLU())
+        blocks, before = [], widths[0]
+        for width in np.repeat(widths, depth).tolist():
+            stride, shortcut = 1, None
+            if width > before:
+                stride, shortcut = 2, nn.Sequential(
+                    nn.Conv2d(before, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+            blocks.append(BasicBlock(before, width, stride, shortcut))
+            before = width
+        self.stages = nn.Sequential(*blocks)
+        self.head = (CosineHead if cosine else nn.Linear)(before, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def tail(self, h):
+        """Logits of the stem's output."""
+        return self.head(self.stages(h).mean((2, 3)))
+
+    def forward(self, x):
+        return self.tail(self.stem(x))
+
+
+@contextlib.contextmanager
+def statistics_kept(module):
+    """Inside, in training mode, batches are normalised by their own statistics, and the running
+    ones stay as they are."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
+@torch.no_grad()
+def general(net, images, batch=128):
+    """theta_g as a plain network in eval mode, its running statistics estimated anew: averages over
+    one pass through uint8 `images` [N, C, H, W] in random order."""
+    with cm.general_only(net):
+        net = cm.merge(net)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.reset_running_stats()
+            m.momentum = None  # a plain average over batches
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    net.train()
+    for index in order.split(batch):
+        net(cm.to_float(images[index.to(images.device)]))
+    return net.eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses
+
+OUTPUTS = {"logits": nn.Identity(), "log-softmax": nn.LogSoftmax(1), "softmax": nn.Softmax(1)}
+BASES = ("CE", "LDAM", "LDAM-DRW", "LA")
+
+
+class How(NamedTuple):
+    """How L_CM enters: of which outputs, with which margin m, and the rank of BA over full rank."""
+
+    outputs: str
+    margin: float
+    rank_ratio: float
+
+
+def shifted(logits, y, counts, base):
+    """The logits [B, K] of which a base loss takes the cross-entropy.
+
+    LDAM (Cao et al. 2019): the true class's is lowered by s m_y, m_y = 0.5 (n_min / n_y)^(1/4). LA
+    (logit adjustment, Menon et al. 2021): plus the log of each class's share, tau = 1."""
+    if base == "LA":
+        return logits + (counts / counts.sum()).log()
+    if base.startswith("LDAM"):
+        margins = 0.5 * (counts.min() / counts) ** 0.25
+        return logits - SCALE * margins * F.one_hot(y, len(counts))
+    return logits
+
+
+def weights(counts, base, late):
+    """A weight for each class [K], of mean 1: all 1, or in the last fifth (`late`) of LDAM-DRW over
+    the effective number of samples, (1 - beta^n) / (1 - beta), beta = 0.9999 (Cui et al. 2019)."""
+    if base != "LDAM-DRW" or not late:
+        return torch.ones_like(counts)
+    weight = 1 / (1 - 0.9999**counts.double())
+    return (weight * len(counts) / weight.sum()).to(counts.dtype)
+
+
+def losses(net, x, y, counts, base, how=None, late=False):
+    """Eq. (4) of a batch, lam = 1: (total [], base loss [B], L_CM [B]).
+
+    x [B, C, H, W]; y [B]; counts [K] float; how: None for the plain network. L_CM compares outputs
+    without LDAM's margin or LA's prior. theta and theta_g share the stem, where BA is nil."""
+    h = net.stem(x)
+    if how is not None:
+        with statistics_kept(net.stages), cm.general_only(net.stages):
+            logits_g = net.tail(h)
+    logits = net.tail(h)
+    base_loss = F.cross_entropy(shifted(logits, y, counts, base), y, reduction="none")
+    weight = weights(counts, base, late)[y]
+    total = (weight * base_loss).sum() / weight.sum()
+    if how is None:
+        return total, base_loss, torch.zeros_like(base_loss)
+    omega_con, omega_div = (omega.to(y.device)[y] for omega in cm.class_weights(counts))
+    theta, theta_g = map(OUTPUTS[how.outputs], (logits, logits_g))
+    loss_cm = cm.capacity_loss(theta, theta_g, omega_con, omega_div, how.margin)
+    return total + loss_cm.mean(), base_loss, loss_cm  # Eq. (4)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training and accuracies
+
+BATCH, LR, MOMENTUM, DECAY = 128, 0.1, 0.9, 2e-4  # Cao et al.'s
+
+
+def augmented(x):
+    """Images [B, C, H, W] padded by an eighth of the side and cropped at random, half flipped."""
+    side, pad = x.shape[3], x.shape[3] // 8
+    windows = F.pad(x, 4 * (pad,), value=-1.0).unfold(2, side, 1).unfold(3, side, 1)
+    row, column = torch.randint(2 * pad + 1, (2, len(x)), device=x.device)
+    x = windows[torch.arange(len(x), device=x.device), :, row, column]
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+
+
+def fit(name, training, counts, base, seed, steps, path, options, how=None, balanced=False,
+        augment=False):
+    """A Network after `steps` of SGD on `training`, in eval mode, A and B still apart; or go on at
+    the checkpoint `path`, as common.train does and raises. counts [K]: real images a class.
+
+    balanced: batches are drawn with replacement, all classes alike, instead of in passes. Runs of
+    one seed share initial weights (W_g) and, where they train on the same images, batches."""
+    device = training.images.device
+    counts = torch.as_tensor(counts, dtype=torch.float32, device=device)
+    torch.manual_seed(common.hashed(seed))
+    net = Network(name, training.images.shape[1], len(counts), base.startswith("LDAM"))
+    if how is not None:
+        cm.reserve_capacity(net.stages, how.rank_ratio)
+    net = cm.lay_out(net, device).train()
+    sgd = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=DECAY)
+    share = 1 / torch.bincount(training.labels)[training.labels].double()
+
+    def step(i):
+        sgd.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * (i - 1) / steps)) / 2
+        index = (torch.multinomial(share, BATCH, replacement=True) if balanced else
+                 batch_of(i, BATCH, len(share), seed).to(device))
+        x = cm.to_float(training.images[index])
+        x = augmented(x) if augment else x
+        loss = losses(net, x, training.labels[index], counts, base, how, i > 0.8 * steps)[0]
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        return loss.detach()
+
+    common.train(step, {"net": net, "sgd": sgd}, path, steps, seed, options)
+    return net.eval()
+
+
+@torch.no_grad()
+def confusion(net, judged, num_classes, batch=500):
+    """[K, K]: how many Images of class i a network in eval mode takes for class j."""
+    seen = torch.cat([net(cm.to_float(part)).argmax(1) for part in judged.images.split(batch)])
+    pairs = judged.labels * num_classes + seen
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, -1).cpu()

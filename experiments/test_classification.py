@@ -1,0 +1,462 @@
+"""Tests of classification.py and classifiers.py. They need pandas and tabulate."""
+
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # whatever pytest's import mode
+import cm
+
+pd = pytest.importorskip("pandas")
+pytest.importorskip("tabulate")
+from experiments import classification as cls  # noqa: E402
+from experiments import classifiers, common  # noqa: E402
+
+torch.set_num_threads(1)  # results repeat with as many threads
+COUNTS = torch.tensor([40.0, 10.0, 5.0, 2.0])
+HOW = classifiers.How("logits", 0.1, 0.3)
+ARGS = ["--dataset", "shapes", "--n-max", "12", "--ir", "6", "--epochs", "3", "--bases", "LA",
+        "--seeds", "5", "--runs", "runs", "--rows", "rows.csv", "--assets", "."]
+
+
+def tiny(b=0.0, cosine=False, rank_ratio=0.3):
+    """A Network of four classes with A and B, B of spread b, in training mode, and a batch of 12.
+    """
+    torch.manual_seed(0)
+    net = classifiers.Network("small", 1, 4, cosine)
+    cm.reserve_capacity(net.stages, rank_ratio)
+    for layer in cm.reserved_layers(net):
+        layer.B.data.add_(b * torch.randn_like(layer.B))
+    return net, torch.randn(12, 1, 16, 16), torch.arange(12) % 4
+
+
+def norms(module):
+    return [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+def statistics(module):
+    return [b.clone() for m in norms(module) for b in m.buffers()]
+
+
+def equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses
+
+
+def written_out(base, h, weight, bias, y, drw):
+    """A base loss of features h [B, D], sample by sample, from the papers' own formulas."""
+    n, total, norm = COUNTS.double(), 0, 0
+    for features, label in zip(h, y.tolist(), strict=True):
+        if base == "LA":  # Menon et al., Eq. (10): -log of pi_y e^f_y over the sum of pi_y' e^f_y'
+            odds = n / n.sum() * torch.exp(weight @ features + bias)
+        else:  # Cao et al., Eq. (13), with C = 0.5 n_min^(1/4) and s = 30
+            cosines = weight @ features / weight.norm(dim=1) / features.norm()
+            margin = 0.5 * n.min()**0.25 / n[label]**0.25
+            odds = torch.exp(30 * torch.stack([
+                c - margin if k == label else c for k, c in enumerate(cosines)]))
+        share = (1 - 0.9999) / (1 - 0.9999**n[label]) if drw else 1.0
+        total, norm = total - share * torch.log(odds[label] / odds.sum()), norm + share
+    return total / norm
+
+
+@pytest.mark.parametrize("base, late", [("LDAM", True), ("LA", False), ("LDAM-DRW", True),
+                                        ("LDAM-DRW", False)])
+def test_base_losses_and_gradients_as_the_papers_write_them(base, late):
+    net, x, y = tiny(cosine=base != "LA")
+    net, y = net.double(), y.flip(0) // 2 * 2 // 3 + y % 3  # not as many of each
+    h = net.stages(net.stem(x.double())).mean((2, 3)).detach().requires_grad_()
+    theirs = h.detach().clone().requires_grad_()
+    weight = net.head.weight.detach().clone().requires_grad_()
+    bias = getattr(net.head, "bias", None)
+    expected = written_out(base, theirs, weight, bias, y, base == "LDAM-DRW" and late)
+    expected.backward()
+
+    net.stem, net.stages = torch.nn.Identity(), torch.nn.Identity()
+    total, _, loss_cm = classifiers.losses(net, h[:, :, None, None], y, COUNTS.double(), base,
+                                          None, late)
+    total.backward()
+    assert torch.allclose(total, expected, rtol=1e-6) and loss_cm.abs().max() == 0
+    assert torch.allclose(h.grad, theirs.grad, rtol=1e-4, atol=1e-9)
+    assert torch.allclose(net.head.weight.grad, weight.grad, rtol=1e-4, atol=1e-9)
+
+
+def test_on_balanced_data_LA_is_cross_entropy_and_L_CM_nothing():
+    net, x, y = tiny(b=0.3)
+    balanced = torch.full((4,), 7.0)
+    la, ce = (classifiers.losses(net, x, y, balanced, base, HOW) for base in ("LA", "CE"))
+    assert torch.allclose(la[0], ce[0], rtol=1e-6) and torch.allclose(la[1], ce[1], rtol=1e-5)
+    assert la[2].abs().max() == ce[2].abs().max() == 0
+    other = classifiers.losses(net, x, y, COUNTS, "LA", HOW)
+    assert not torch.allclose(other[1], ce[1], rtol=0.1) and other[2].abs().min() > 0
+
+
+@pytest.mark.parametrize("outputs", classifiers.OUTPUTS)
+def test_L_CM_compares_the_outputs_of_two_plain_networks(outputs):
+    net, x, y = tiny(b=0.3)
+    with cm.general_only(net):
+        parts = [cm.merge(net)(x)]  # in training mode: by its own batch's statistics
+    parts.append(cm.merge(net)(x))
+    if outputs != "logits":
+        parts = [z.exp() / z.exp().sum(1, keepdim=True) for z in parts]
+    if outputs == "log-softmax":
+        parts = [p.log() for p in parts]
+    d = (parts[0] - parts[1]).square().sum(1) / 4
+    con, div = 4 * COUNTS / COUNTS.sum(), 4 / COUNTS / (1 / COUNTS).sum()
+    m = d[y == 3].median().item()  # so that min(d, m) matters
+    expected = (con - div)[y] * torch.where((con < div)[y], d.clamp(max=m), d)
+    total, base, loss_cm = classifiers.losses(net, x, y, COUNTS, "LA",
+                                              classifiers.How(outputs, m, 0.3))
+    assert torch.allclose(loss_cm, expected, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(total, base.mean() + loss_cm.mean(), rtol=1e-6)
+
+
+def test_without_BA_loss_and_general_gradients_are_the_plain_steps():
+    net, x, y = tiny()
+    plain = cm.merge(net)
+    ours = classifiers.losses(net, x, y, COUNTS, "LA", HOW)
+    theirs = classifiers.losses(plain, x, y, COUNTS, "LA")
+    assert torch.equal(ours[0], theirs[0]) and ours[2].abs().max() == 0
+    ours[0].backward()
+    theirs[0].backward()
+    mine = {n.replace(".layer.", "."): p.grad for n, p in net.named_parameters()}
+    for name, p in plain.named_parameters():
+        assert p.grad.abs().sum() > 0, name
+        assert torch.allclose(mine[name], p.grad, rtol=1e-5, atol=1e-7), name
+    assert all(layer.B.grad.abs().sum() > 0 for layer in cm.reserved_layers(net))
+
+
+# ------------------------------------------------------------------------------------------------
+# Network and batch normalisation
+
+
+def test_resnet18_is_torchvisions_with_another_stem():
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=100)
+    theirs.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    theirs.maxpool = torch.nn.Identity()
+    ours = classifiers.Network("resnet18", 3, 100)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert p.ndim < 4 or p.std().item() == pytest.approx((2 / p[:, 0].numel())**0.5, rel=0.1)
+        p.data.copy_(q)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_capacity_is_reserved_in_all_convolutions_of_the_stages_only():
+    net, *_ = tiny()
+    layers = cm.reserved_layers(net)
+    assert len(layers) == 11 and len(cm.reserved_layers(net.stages)) == 11  # 4 * 2 + 3 shortcuts
+    assert [type(m) for m in (net.head, net.stem[0])] == [torch.nn.Linear, torch.nn.Conv2d]
+
+
+def test_running_statistics_are_moved_by_thetas_pass_alone():
+    net, x, y = tiny(b=0.3)
+    plain = cm.merge(net)
+    classifiers.losses(net, x, y, COUNTS, "CE", HOW)
+    before = statistics(plain)
+    plain(x)
+    assert equal(statistics(net), statistics(plain)) and not equal(statistics(net), before)
+    assert all(m.track_running_stats for m in norms(net))
+    with pytest.raises(ZeroDivisionError), classifiers.statistics_kept(net):
+        raise ZeroDivisionError
+    assert all(m.track_running_stats for m in norms(net))
+
+
+def test_merged_logits_are_the_factorised_ones_in_eval_mode():
+    net, x, y = tiny(b=0.3)
+    for _ in range(3):  # statistics that aren't 0 and 1
+        classifiers.losses(net, x, y, COUNTS, "CE", HOW)
+    merged = cm.merge(net.eval())
+    assert torch.allclose(merged(x), net(x), rtol=1e-4, atol=1e-5)
+    assert set(merged.state_dict()) == set(classifiers.Network("small", 1, 4).state_dict())
+    with cm.general_only(net):
+        assert not torch.allclose(merged(x), net(x), rtol=0.1, atol=0.1)
+
+
+def test_theta_g_gets_statistics_of_its_own():
+    net, *_ = tiny(b=0.3)
+    net.eval()
+    images = torch.randint(256, (90, 1, 16, 16), dtype=torch.uint8)
+    before = statistics(net)
+    found = classifiers.general(net, images, batch=60)
+    assert equal(statistics(net), before) and not net.training and not found.training
+    assert not cm.reserved_layers(found) and len(cm.reserved_layers(net)) == 11
+    x = cm.to_float(images[torch.randperm(90, generator=torch.Generator().manual_seed(0))])
+    with cm.general_only(net), torch.no_grad():
+        parts = [net.stem[0](part) for part in (x[:60], x[60:])]
+    means = torch.stack([h.mean((0, 2, 3)) for h in parts]).mean(0)
+    variances = torch.stack([h.transpose(0, 1).flatten(1).var(1) for h in parts]).mean(0)
+    assert torch.allclose(found.stem[1].running_mean, means, atol=1e-5)
+    assert torch.allclose(found.stem[1].running_var, variances, rtol=1e-4)
+    block = found.stages[0].conv1
+    assert torch.equal(block.weight, net.stages[0].conv1.layer.weight)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data and training
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """As cm.py's shapes, 40 images a class (a class: 60) to train, 4 to test."""
+    draw, made = cm.draw_shapes, {}
+
+    def few(per_class, size, seed):
+        if (size, seed) not in made:
+            images, labels = draw(4 if seed else 60, size, seed)
+            keep = np.concatenate([np.where(labels == k)[0][:60 if k == 3 else 40]
+                                   for k in range(10)])
+            made[size, seed] = images[keep], labels[keep]
+        return made[size, seed]
+
+    monkeypatch.setattr(cm, "draw_shapes", few)
+
+
+@pytest.mark.parametrize("n_max, of_validation", [(12, 12), (None, 32)])
+def test_training_images_are_cms_and_validation_takes_none_of_them(shapes, n_max, of_validation):
+    training, test, names = classifiers.read("shapes", None, 16, n_max, 4, "cpu")
+    data = cm.Data(cm.Config(dataset="shapes", ir=4, n_max=n_max).resolved())
+    assert names == data.names and equal(test, (data.held_out, data.held_out_labels))
+    assert equal(training, (data.images, data.labels))
+    training, judged, _ = classifiers.read("shapes", None, 16, n_max, 4, "cpu", True)
+    assert training.labels.bincount().tolist() == cm.class_counts(of_validation, 4, 10)
+    assert judged.labels.bincount().tolist() == [8] * 10  # a fifth of 40
+    taken, left = ({x.numpy().tobytes() for x in part.images} for part in (training, judged))
+    assert len(left) == 80 and not taken & left
+    images, labels, _ = cm.load_dataset("shapes", None, 16)
+    every = {x.transpose(2, 0, 1).tobytes(): y for x, y in zip(images, labels, strict=True)}
+    assert all(every[x.numpy().tobytes()] == y for x, y in zip(*judged, strict=True))
+
+
+def test_500_validation_images_a_class_where_there_are_enough(monkeypatch):
+    labels = np.arange(3000 * 2) % 2
+    images = np.zeros((6000, 2, 2, 1), np.uint8)
+    monkeypatch.setattr(cm, "load_dataset", lambda *a, train=True: (images, labels, ["a", "b"]))
+    training, judged, _ = classifiers.read("any", None, 2, 1000, 10, "cpu", True)
+    assert judged.labels.bincount().tolist() == [500, 500]
+    assert training.labels.bincount().tolist() == [1000, 100]
+
+
+def test_batches_pass_over_all_images_in_orders_of_their_own():
+    batches = [classifiers.batch_of(i, 4, 10, seed=3) for i in range(1, 11)]
+    assert all(len(batch) == 4 for batch in batches)
+    passes = torch.cat(batches).view(4, 10)
+    assert all(sorted(order.tolist()) == list(range(10)) for order in passes)
+    assert len({tuple(order.tolist()) for order in passes}) == 4
+    assert not torch.equal(batches[0], classifiers.batch_of(1, 4, 10, seed=4))
+    assert len(classifiers.batch_of(2, 7, 3, seed=3)) == 7  # of more than two passes
+
+
+def test_augmented_images_are_windows_of_the_padded_one_half_of_them_flipped():
+    torch.manual_seed(0)
+    x = torch.randn(60, 2, 8, 8)
+    seen = set()
+    for image, new in zip(x, classifiers.augmented(x), strict=True):
+        padded = F.pad(image, (1, 1, 1, 1), value=-1.0)
+        fits = [(i, j, flip) for i in range(3) for j in range(3) for flip in (False, True)
+                if torch.equal(new.flip(2) if flip else new, padded[:, i:i + 8, j:j + 8])]
+        assert len(fits) == 1
+        seen.add(fits[0])
+    assert len(seen) > 14 and 15 < sum(flip for *_, flip in seen) * 60 / len(seen) < 45
+
+
+@pytest.mark.parametrize("base, how", [("LDAM-DRW", None), ("LA", HOW)])
+def test_fit_is_sgd_with_torchs_own_cosine(base, how, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifiers, "BATCH", 8)
+    torch.manual_seed(1)
+    training = classifiers.Images(torch.randint(256, (20, 1, 16, 16), dtype=torch.uint8),
+                                  torch.tensor([0] * 12 + [1] * 8))
+    net = classifiers.fit("small", training, [12, 8], base, 3, 5, tmp_path / "x.pt", "", how)
+    torch.manual_seed(common.hashed(3))
+    theirs = classifiers.Network("small", 1, 2, base != "LA")
+    if how:
+        cm.reserve_capacity(theirs.stages, 0.3)
+    theirs = cm.lay_out(theirs, torch.device("cpu"))  # another would round otherwise
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 5)
+    for i in range(1, 6):
+        index = classifiers.batch_of(i, 8, 20, 3)
+        loss = classifiers.losses(theirs, training.images[index] / 127.5 - 1,
+                                  training.labels[index], torch.tensor([12.0, 8.0]), base, how,
+                                  late=i == 5)[0]
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        cosine.step()
+    assert not net.training and list(net.state_dict()) == list(theirs.state_dict())
+    for name, value in net.state_dict().items():
+        assert torch.allclose(value, theirs.state_dict()[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_balanced_batches_have_all_classes_alike_and_passes_dont(tmp_path, monkeypatch):
+    seen, augmentations = [], []
+    real = classifiers.losses
+    monkeypatch.setattr(classifiers, "losses", lambda net, x, y, *rest: (
+        seen.append(y.bincount(minlength=2)), real(net, x, y, *rest))[1])
+    monkeypatch.setattr(classifiers, "augmented", lambda x: augmentations.append(1) or x)
+    training = classifiers.Images(torch.zeros(100, 1, 16, 16, dtype=torch.uint8),
+                                  torch.tensor([0] * 90 + [1] * 10))
+    for name, options in (("a", dict(balanced=True, augment=True)), ("b", {})):
+        classifiers.fit("small", training, [90, 10], "CE", 0, 5, tmp_path / name, "", **options)
+    balanced, passes = (sum(seen[i:i + 5]) / (5 * classifiers.BATCH) for i in (0, 5))
+    assert balanced[1].item() == pytest.approx(0.5, abs=0.06)
+    assert passes[1].item() == pytest.approx(0.1, abs=0.02) and len(augmentations) == 5
+
+
+def test_confusion_and_accuracies():
+    judged = classifiers.Images(torch.arange(10, dtype=torch.uint8)[:, None, None, None] // 2,
+                                torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3, 3]))
+    takes = torch.tensor([[0, 1, 1, 0, 3]])  # the class for each grey level
+
+    def net(x):
+        return F.one_hot(takes[0][((x + 1) * 127.5).round().long().flatten()], 4)
+
+    found = classifiers.confusion(net, judged, 4, batch=3)
+    assert found.tolist() == [[2, 0, 0, 0], [0, 2, 0, 0], [0, 2, 0, 0], [2, 0, 0, 2]]
+    result = cls.accuracies(net, judged, [9, 5, 3, 1], "accuracy")
+    assert result == {"accuracy Many": 1.0, "accuracy Medium": 1.0, "accuracy Few": 0.25,
+                      "accuracy overall": 0.625}
+
+
+# ------------------------------------------------------------------------------------------------
+# Choosing, tables, runs
+
+
+def row(part, base, how, seed, accuracy, few=0.5):
+    return dict(zip(cls.KEY, (part, base, *(how or ("", "", "")), seed), strict=True)) | {
+        "method": "CM" if how else "plain", "status": "finished", "options": "--ir 100.0",
+        "accuracy Few": few, "accuracy overall": accuracy}
+
+
+def rows_of(rows):
+    return common.numbers(common.text(rows), cls.WORDS)
+
+
+def test_the_candidate_of_the_best_validation_accuracy_is_chosen(monkeypatch):
+    monkeypatch.setattr(cls, "CANDIDATES", cls.CANDIDATES[:4])
+    rows = [row("validation", "LA", None, 0, 0.9), row("validation", "CE", HOW, 0, 0.9),
+            row("test", "LA", HOW, 10, 0.9)]
+    rows += [row("validation", "LA", how, 0, a)
+             for how, a in zip(cls.CANDIDATES, (0.5, 0.7, math.nan, 0.7), strict=True)]
+    assert cls.chosen(rows_of(rows), "LA") == cls.CANDIDATES[1]
+    assert cls.chosen(rows_of(rows[:-1]), "LA") is None
+    for bad in rows[3:]:
+        bad["accuracy overall"] = math.nan
+    with pytest.raises(ValueError, match="no LA with CM stayed finite"):
+        cls.chosen(rows_of(rows), "LA")
+
+
+def test_tables_at_numbers_worked_by_hand():
+    best = cls.CANDIDATES[5]
+    rows = [row("validation", "LA", how, 0, math.nan if i == 2 else 0.6 + (how == best) / 10)
+            for i, how in enumerate(cls.CANDIDATES)]
+    rows += [row("validation", "LA", None, 0, 0.65)]
+    for seed in (10, 11):
+        rows += [row("test", "CE", None, seed, 0.5),
+                 row("test", "LA", None, seed, 0.6 + seed / 1e3),
+                 row("test", "LA", best, seed, 0.6 + 3 * seed / 1e3) | {"general Few": 0.25}]
+    text = cls.table(rows_of(rows))
+    lines = {line.split("|")[1].strip() + line.split("|")[2].strip(): line
+             for line in text.splitlines() if "|" in line}
+    assert "25.00 ± 0.00" in lines["LA + CM2"] and "63.15 ± 0.21" in lines["LA + CM2"]
+    # 2.0 and 2.2 points: 2.1 ± 12.706 * 0.1
+    assert "+2.10 [+0.83, +3.37]" in lines["LA + CM − LAhere"]
+    paper = [line for line in text.splitlines() if "the paper" in line and "|" in line]
+    assert [cell.strip() for cell in paper[0].split("|")[3:7]] == [
+        "+3.69", "+1.14", "+0.27", "+1.78"]
+    assert "+16.80" in paper[1] and len(paper) == 2
+    assert "**70.00**" in text and text.count("**") == 2 and text.count("not finite") == 1
+    assert "65.00" in lines["plain"] and text.count("60.00") == 16
+    rows[0]["options"] = "--ir 200.0"
+    assert cls.papers(rows_of(rows))["CE"][3] == 36.56
+
+
+def kills_at(call, losses=classifiers.losses):
+    calls = []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(*args)
+
+    return killed
+
+
+def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
+        shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cls, "CANDIDATES", [HOW, classifiers.How("softmax", 1e-3, 0.1)])
+    monkeypatch.setattr(classifiers, "BATCH", 32)
+    results, real = {}, cls.measure
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "stopped":
+            with monkeypatch.context() as patch:
+                patch.setattr(classifiers, "losses", kills_at(8))
+                with pytest.raises(SystemExit) as stopped:
+                    cls.main(ARGS)
+            assert stopped.value.code == 128 + signal.SIGTERM
+            assert len(Path("rows.csv").read_text().splitlines()) == 2
+            assert [p.name for p in Path("runs").iterdir()] == ["validation-LA-logits-0.1-0.3-0.pt"]
+        capsys.readouterr()
+        assert cls.main(ARGS) == 0
+        results[name] = Path("rows.csv").read_bytes(), capsys.readouterr().out
+        assert Path("classification.png").is_file() and not list(Path("runs").iterdir())
+    assert results["whole"] == results["stopped"]
+    rows = rows_of(pd.read_csv("rows.csv", dtype=str, keep_default_na=False).to_dict("records"))
+    assert rows["method"].tolist() == ["plain", "CM", "CM", "plain", "CM"]
+    assert rows["part"].tolist() == ["validation"] * 3 + ["test"] * 2
+    assert tuple(rows.loc[4, ["outputs", "margin", "rank ratio"]]) == cls.chosen(rows, "LA")
+    assert "LA + CM − LA" in results["whole"][1]
+    monkeypatch.setattr(cls, "measure", None)  # nothing is run again
+    assert cls.main(ARGS) == 0 and capsys.readouterr().out == results["whole"][1]
+    assert cls.main([*ARGS, "--table"]) == 0 and capsys.readouterr().out == results["whole"][1]
+    monkeypatch.setattr(cls, "measure", real)
+    with pytest.raises(SystemExit):
+        cls.main([*ARGS, "--epochs", "2"])
+    assert "made with other options" in capsys.readouterr().err
+
+
+def test_a_run_that_ran_off_is_a_row(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cls, "CANDIDATES", [HOW, classifiers.How("softmax", 1e-3, 0.1)])
+    monkeypatch.setattr(classifiers, "BATCH", 32)
+    real = classifiers.losses
+
+    def runs_off(net, x, y, counts, base, how, late):
+        parts = real(net, x, y, counts, base, how, late)
+        return (math.nan * parts[0], *parts[1:]) if how == HOW else parts
+
+    monkeypatch.setattr(classifiers, "losses", runs_off)
+    assert cls.main(ARGS) == 0
+    rows = common.read_rows(Path("rows.csv"))
+    assert rows["status"].tolist() == ["finished", "not finite at step 1"] + ["finished"] * 3
+    assert rows["outputs"].iloc[-1] == "softmax" and "not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("--epochs 0", "--epochs"), ("--seeds -1", "--seeds"), ("--seeds x", "invalid int"),
+    ("--ir 0.5", "imbalance ratio"), ("--n-max 0", "--n-max"), ("--n-max 2000", "--n-max 2000"),
+    ("--bases OC", "invalid choice"), ("--dataset folder", "invalid choice"),
+    ("--dataset fashion --data none", "none"), ("--steps 3", "unrecognized"),
+    ("--table", "has no rows")])
+def test_bad_input_is_one_line_and_status_2(arguments, says, shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cls.main(["--dataset", "shapes", "--rows", "rows.csv", "--assets", ".",
+                  *arguments.split()])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and says in err and len(err.splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
