@@ -130,7 +130,7 @@ def replace_modules(module, new):
 
 
 def reserved_layers(module):
-    """The layers with reserved capacity; not a subclass's (LoRA's factors belong to theta_g)."""
+    """The layers with reserved capacity; not those of a subclass, whose factors theta_g keeps."""
     return [m for m in module.modules() if type(m) is LowRankReserved]
 
 
@@ -234,8 +234,7 @@ def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
     distance = torch.cdist((x_t / signal_scale).flatten(1), x0.flatten(1),
                            compute_mode="donot_use_mm_for_euclid_dist").square()  # [B, B]
     logits = -distance / (2 * (noise_scale / signal_scale).square().flatten(1))  # Eq. (D.4)
-    # argmax of p / Exp(1) is a draw from p; torch.multinomial, the same, has a check that a GPU
-    # would wait for
+    # argmax of p / Exp(1) is a draw from p, like torch.multinomial's, whose check stalls a GPU
     race = torch.empty_like(logits).exponential_(generator=generator)
     ref = (logits.softmax(1) / race).argmax(1)
     transfer = (counts[y[ref]] >= counts[y])[:, None, None, None]
@@ -332,7 +331,7 @@ class CapacityManipulation(nn.Module):
         return total, base, loss_cm, squared_distance(eps_theta.detach(), eps_theta_g.detach())
 
     def other_classes(self, y):
-        """CBDM's y' [B]: uniform over classes as Eq. (D.1), or by frequency as its code."""
+        """CBDM's y' [B], maybe y: uniform over classes (Eq. D.1), or by frequency as its code."""
         prior = self.counts.float()
         if self.config.cbdm_prior == "uniform":
             prior = torch.ones_like(prior)
@@ -389,7 +388,7 @@ def ddpm(predict, x, alpha_bar, steps=T, noise=None):
 def dpm(predict, x, alpha_bar, steps=15):
     """DPM-Solver++ 2M (Lu et al. 2022b): x_0 is extrapolated from the last two predictions."""
     times = np.linspace(0, T - 1, steps + 1).round().astype(int).tolist()
-    times = list(reversed(times[1:]))
+    times = list(reversed(times[1:]))  # without 0: the last step goes to alpha_bar = 1
     x0_last = step_last = None
     for t, a, a_next in steps_of(alpha_bar, times):
         x0 = (x - math.sqrt(1 - a) * predict(x, t)) / math.sqrt(a)
@@ -797,6 +796,7 @@ def read_folder(root, size, train):
                          f"images a class, and at least two")
     if not train:
         tree = root / "val"
+    from PIL import Image
     folder = torchvision.datasets.folder
     classes = {name: i for i, name in enumerate(names)}
     try:
@@ -819,7 +819,7 @@ def read_folder(root, size, train):
             raise ValueError(f"{file} can't be read as an image ({e})") from None
         scale = size / min(image.size)
         sides = [max(size, round(s * scale)) for s in image.size]
-        image = image.resize(sides, 3, reducing_gap=3.0)  # 3: bicubic
+        image = image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=3.0)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -934,7 +934,8 @@ def hashed_seed(purpose, *numbers):
 
     PyTorch's CPU generators keep only the low 32 bits of a seed: shifts and sums of a run's seed
     and its step would give two runs the same draws. Hashed, different (purpose, seed, step or
-    image, process) are unrelated."""
+    image, process) meet by chance alone, there one pair in 2^32."""
+    # SeedSequence takes words of 32 bits; two halves of each, so that no two lists read alike
     words = [int.from_bytes(purpose.encode(), "little"), *numbers]
     halves = [half for word in words for half in (word % 2**32, word >> 32)]
     return int(np.random.SeedSequence(halves).generate_state(1, np.uint64)[0])
@@ -967,7 +968,7 @@ def pick_device(name=None):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {name} is not to be had here ({reason})") from None
+        raise ValueError(f"--device {name} can't be used here ({reason})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -1071,13 +1072,16 @@ def load_trained(path, weights="ema", losses=CapacityManipulation,
     return config, unet.eval().requires_grad_(False), state["counts"]
 
 
+def shown_classes(counts):
+    """The classes of tables and pictures, most frequent first; of more than 20 the first five and
+    the last."""
+    order = np.argsort(-np.asarray(counts), kind="stable").tolist()
+    return order if len(order) <= 20 else order[:5] + order[-5:]
+
+
 def groups(counts):
-    """What tables and logs show, {label: classes [n]}: each class by its number, most frequent
-    first (of more than 20 the five most and five least frequent), then the splits."""
-    order = np.argsort(-np.asarray(counts), kind="stable")
-    if len(order) > 20:
-        order = np.concatenate([order[:5], order[-5:]])
-    classes = {str(k): torch.tensor([k]) for k in order}
+    """What tables and logs have a value of, {label: classes [n]}: classes by number, splits."""
+    classes = {str(k): torch.tensor([k]) for k in shown_classes(counts)}
     return classes | {name: torch.as_tensor(k) for name, k in splits(counts).items()}
 
 
@@ -1164,7 +1168,7 @@ def prepare_run(config, typed, losses, network):
         if getattr(config, name) != getattr(saved, name):
             raise ValueError(
                 f"{out} was made with --{name.replace('_', '-')} {getattr(saved, name)}, not "
-                f"{getattr(config, name)}; only --steps may change on --resume")
+                f"{getattr(config, name)}; only --steps and --device may change on --resume")
     steps = config.steps if "steps" in typed else saved.steps
     if state["step"] > steps:
         raise ValueError(f"{path} is at step {state['step']} already; --steps is {steps}")
@@ -1234,7 +1238,7 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
     model = module
     if patient:
-        # of 1x1 kernels, whose strides cuDNN writes another way for the same bytes
+        # cuDNN writes a 1x1 kernel's strides in another way; its bytes are the same
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         model = without_buffers(nn.parallel.DistributedDataParallel)(module)
     parameters, ema_parameters = list(unet.parameters()), list(ema.parameters())
@@ -1309,7 +1313,7 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
             saves = step % config.checkpoint_every == 0 or last
             if unread:  # the step before, so that a GPU need not be waited for
                 check_finite(unread, data.names, out)
-            # float16's scaler skips a step whose gradient isn't finite by itself
+            # float16's scaler skips a step whose gradient isn't finite: there only the loss counts
             finite = torch.stack([loss, loss if scaler.is_enabled() else grad_norm]).isfinite()
             unread = step, *on_its_way(finite), y, base
             if device.type == "cpu" or logs or saves:  # nothing is written after a bad step
@@ -1464,7 +1468,7 @@ def report(ema, data, config, out):
 
 def draw_samples(ema, data, config, path, columns=8):
     """A row a class, most frequent first: real images, then theta, theta_g from the same noise."""
-    shown = [int(g) for g in groups(data.counts.cpu()) if g.isdigit()]
+    shown = shown_classes(data.counts.cpu())
     y = torch.tensor(shown, device=data.counts.device).repeat_interleave(columns)
     y_in = torch.full_like(y, -1) if config.unconditional else y
     seeds = [hashed_seed("image", config.seed, i) for i in range(len(y))]
@@ -1472,13 +1476,12 @@ def draw_samples(ema, data, config, path, columns=8):
     def generated():
         return to_uint8(sample(merge(ema), y_in, data.images.shape[1:], seeds=seeds))
 
-    panels = {"real (training set)": data.first(shown, columns), "θ": generated()}
+    of_any = ", any class" if config.unconditional else ""
+    panels = {"real (training set)": data.first(shown, columns), "θ" + of_any: generated()}
     if not config.no_cm:
         with general_only(ema):
-            panels["θ_g, without BA"] = generated()
+            panels["θ_g, without BA" + of_any] = generated()
     names = [f"{data.names[k]}  {int(data.counts[k])}" for k in shown]
-    if config.unconditional:
-        names[1:] = ["any"] * (len(names) - 1)
     draw_panels(panels, names, path)
 
 
@@ -1508,7 +1511,7 @@ def draw_curves(log, data, config, path):
     with open(log, newline="") as f:
         rows = list(csv.DictReader(f))
     steps = [int(r["step"]) for r in rows]
-    shown = [int(g) for g in groups(data.counts.cpu()) if g.isdigit()]
+    shown = shown_classes(data.counts.cpu())
     kinds = {"base": "base loss"}
     if not config.no_cm:
         kinds = {"d": "d = ‖ε_θ − ε_θg‖²"} | kinds
@@ -1611,7 +1614,8 @@ class Config:
         "data", None, "imbalance ratio, most over least frequent class; 1 keeps the set as it is "
         "(Sec. 4.1) [default: 100; folder: 1]")
     n_max: int = option(
-        "data", None, "images in the largest class, the others by --ir [default: all]")
+        "data", None, "images in the largest class, the others by --ir [default: all; where "
+        "classes differ: as many as the smallest has]")
     resample: float = option(
         "data", 1.0, "draw classes with p_c ~ N_c^q: 0.5 square root, 0 class-balanced, 1 off "
         "(Sec. 4.1, RS)", metavar="Q")
@@ -1759,7 +1763,7 @@ def parse(argv):
             values = [f"{name} {spell(preset[field.name])}" for name, preset in PRESETS.items()]
             text += f" [default: {', '.join(values)}]"
         elif field.default is not None and field.type is not bool:
-            text += f" [default: {field.default}]"
+            text += f" [default: {spell(field.default)}]"
         if field.type is bool and field.default is None:
             extra["action"] = argparse.BooleanOptionalAction
         elif field.type is bool:
@@ -1778,7 +1782,7 @@ def parse(argv):
 
 def spell(value):
     if isinstance(value, tuple):
-        return " ".join(map(str, value))
+        return " ".join(map(str, value)) or "none"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -3266,10 +3266,15 @@ def test_readme_links_lead_to_the_lines_they_name():
     assert {text for text, _ in links} == set(says)
     for text, line in links:
         assert says[text] in lines[int(line) - 1], (text, line)
-    for target in re.findall(r"\]\((?!cm\.py#|http|#)([^)]+)\)", README) + re.findall(
+    for target in re.findall(r"\]\((?!cm\.py#|http)([^)]+)\)", README) + re.findall(
         r'src="([^"]+)"', README
     ):
-        assert (HERE / target).exists(), target
+        file, _, anchor = target.partition("#")
+        assert (HERE / file).exists(), target
+        if anchor:
+            headings = re.findall("^#+ (.*)$", (HERE / (file or "README.md")).read_text(), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in slugs, target
 
 
 def test_readme_is_one_lesson():
