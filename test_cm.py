@@ -2628,6 +2628,9 @@ def test_fid_cache_is_used_again_and_only_for_what_it_was_made_of(sampled, hasty
     result = fid.evaluate("good.npz", reference="real.npz", features="classifier")
     assert len(hasty) == 2 and hasty[1][0] is hasty[1][2] and hasty[1][1] is hasty[1][3]
     assert result["settings"]["against"] == "real.npz" and result["overall"]["real"] == 30
+    np.savez("real.npz", arr_0=x, arr_1=np.roll(y, 1))  # the same images, other labels
+    fid.evaluate("good.npz", reference="real.npz", features="classifier")
+    assert len(hasty) == 3
 
 
 def test_fid_evaluate_of_few_or_unlabelled_samples(sampled, hasty):
@@ -2771,7 +2774,10 @@ def test_gpu_fid_metrics_equal_the_cpus():
         ("one.npz --dataset shapes", "1 image"),
         ("float.npz --dataset shapes", "no arr_0 of uint8"),
         ("empty --dataset shapes", "no images"),
-        ("foreign.npz --dataset shapes --features classifier", "labels from 0 to 10"),
+        (
+            "foreign.npz --dataset shapes --features classifier",
+            "labels from 0 to 10; the real set has classes 0 to 9",
+        ),
         (
             "counts.npz --dataset shapes --features classifier",
             "counts of 9 classes, the real set has 10",
@@ -2807,6 +2813,62 @@ def test_fid_bad_input_is_one_line_and_status_2(sampled, arguments, says, capfd,
     err = [line for line in lines if line.strip() and "it/s" not in line]
     assert stopped.value.code == 2 and len(err) == 1 and says in err[0], err
     assert snapshot(sampled) == before
+
+
+def test_fid_classifier_against_a_plain_writing():
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=g)
+    net = fid.Classifier(3, 7).eval()
+    for v in [*net.parameters(), *net.buffers()]:
+        if v.is_floating_point():  # batch norm's running mean and variance, too
+            v.data = v.data + 0.3 * torch.rand(v.shape, generator=g)
+    w = {name: value.double() for name, value in net.state_dict().items()}
+    h = images.double() / 255 * 2 - 1
+    for i in (0, 2, 4):
+        mean, var, scale, shift = (
+            w[f"body.{i}.1.{part}"][:, None, None]
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        h = F.conv2d(h, w[f"body.{i}.0.weight"], padding=1)
+        h = ((h - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
+        halves = h.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+        h = halves.amax(4) if i < 4 else halves.mean(4)
+    assert h.shape == (5, 128, 2, 2)
+    features = (h.flatten(1) @ w["body.7.weight"].T + w["body.7.bias"]).clamp(min=0)
+    logits = features @ w["head.weight"].T + w["head.bias"]
+    assert features.shape == (5, 128) and logits.shape == (5, 7)
+    for ours in (net(images), fid.extract(net, images, "", 2)):  # at once, and by twos
+        for a, b in zip(ours, (features, logits), strict=True):
+            assert (a - b).norm() / b.norm() < 1e-5
+    assert not ours[0].requires_grad and not ours[1].requires_grad
+
+
+def test_fid_classifiers_training_replayed_by_hand():
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8, generator=g)
+    labels, state = torch.arange(50) % 3, torch.get_rng_state()
+    net, accuracy = fid.train_classifier(
+        images, labels, images[:40], labels[:40], 3, steps=4, seed=7
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        hand = fid.Classifier(1, 3)
+    adam = torch.optim.Adam(hand.parameters(), lr=0.003)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=0.003, total_steps=4)
+    g.manual_seed(7)
+    for _ in range(4):
+        rows = torch.randint(50, (128,), generator=g)
+        adam.zero_grad()
+        logits = hand(images[rows])[1]
+        (-logits.log_softmax(1)[torch.arange(128), labels[rows]]).mean().backward()
+        adam.step()
+        schedule.step()
+    for name, value in hand.state_dict().items():
+        assert torch.allclose(net.state_dict()[name], value, atol=1e-6), name
+    right = hand.eval()(images[:40])[1].argmax(1) == labels[:40]
+    assert accuracy == int(right.sum()) / 40 and 0 < accuracy < 1
 
 
 def test_fid_classifier_on_fashion_mnist(tmp_path):
