@@ -603,6 +603,7 @@ def test_study_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     samples.touch()
     assert study.missing_points(["a"], lacking, tmp_path)[("DDPM", 1000, 10)] == [
         study.Point(6000), study.Point(6000, 1)]
+    assert study.missing_points(["a"], rows, tmp_path) == missing  # its samples have told all
     ran_off = lacking.assign(status="not finite at step 5")
     assert study.missing_points(["a"], ran_off, tmp_path) == missing
 
@@ -617,13 +618,14 @@ def test_study_verdicts():
 
     assert says((-2, 1, 3)) == "holds" and says((2, 1, 3)) == "refuted"
     assert says((-2, 1, 3), 0.05) == "undecided (gain at most 3.0)"
-    assert says((1, 1.5, 3)) == "undecided (gain at most 0.5)"
+    assert says((1, 1.5, 3)) == says((0.5, 1, 3)) == "undecided (gain at most 0.5)"
     assert says((2, 2, 3), 0.9) == "undecided (gain at most 0.0)"
     assert says((-2, 1, 3), recall=(-1, 0.9, 3)) == "undecided (gain at most 3.0, recall worse)"
     assert says((-2, 1, 3), recall=(-1, 1.1, 3)) == says((-2, 1, 3), recall=(1, 0.9, 3)) == "holds"
     assert says((-2, 1, 3), memorised=(1, 0.9, 3)) == (
         "undecided (gain at most 3.0, memorisation worse)")
     assert says((-2, 1, 3), memorised=(-1, 0.9, 3)) == "holds"
+    assert says((-2, 1, 3), recall=(0, 0, 3), memorised=(0, 0, 3)) == "holds"  # of no seed, any
     assert says((nan, nan, 0)) == "not run" and says((-2, nan, 1)) == "undecided (one seed)"
     assert says((nan, nan, 3)) == "undecided (ran off)"
 
@@ -642,7 +644,10 @@ def test_study_claims_are_eight_and_paired():
                    RS=[(5, 0)] * 3)
         + [row | {"FD2 Few": 99.0} for row in study_rows(DDPM=[(9, 0), (8, 0)], seed=11,
                                                          steps=equal)]
+        + study_rows(6000, RS=[(5, 0)], **{"CM with RS": [(4.5, 0)]})
         + study_rows(DDPM=[(1, 0), (1, 0), (1, 0)], CM=[(8, 0), (9, 0), (8, 0)], guidance=1))
+    rows.loc[rows["method"] == "CM", "recall Few"] += 0.1
+    rows.loc[rows["method"] == "CM", "memorised Few"] = 0.25
     table, = shown_cells(study.claims(rows))
     assert len(table) == 2 + 8 and [row[0] for row in table[2:]] == [
         "CM below DDPM", "CM with RS below RS"] * 4
@@ -660,10 +665,18 @@ def test_study_claims_are_eight_and_paired():
     later = dict(zip(table[0], table[8], strict=True))
     assert later["seeds"] == "2 of 8" and later["steps"] == f"6,000 and {equal:,}"
     assert [row[3] for row in table[2:8]] == ["0 of 6", "0 of 6", "3 of 8", "0 of 8", "0 of 5",
-                                              "0 of 5"]
+                                              "1 of 5"]
     assert later["difference"].startswith("+14.2 [")  # 17 - 9 and 28.5 - 8
     assert later["difference"].endswith("] (FD2: sign differs)")  # where theirs is 99
-    assert "differs" not in row["difference"] and table[2][6] == "–"
+    assert "differs" not in row["difference"] and table[2][6:10] == ["–"] * 4
+    assert row["recall Few"] == "+0.100 [+0.100, +0.100]"
+    assert row["memorised Few"] == "+0.250 [+0.250, +0.250]"
+    one = dict(zip(table[0], table[7], strict=True))
+    assert one["difference"] == "-0.5" and one["p, Holm"] == "–"
+    d = np.array([17 - 9, 28.5 - 8])
+    t = d.mean() / (d.std(ddof=1) / math.sqrt(2))
+    p = 1 - 2 * math.atan(t) / math.pi  # with 1 degree of freedom
+    assert abs(float(later["p, Holm"]) - min(1, 7 * p)) < 1e-3
 
 
 def test_study_compares_with_the_base_and_shows_what_ran_off():
@@ -713,6 +726,60 @@ def test_study_map_shows_passes_of_all_and_of_few():
     assert table[3][:6] == ["1,000", "6,000", "0", "77", "–", f"{few:.0f}"]
     assert table[3][6].startswith("-6.5 [") and table[3][6].endswith("(2)")
     assert study.map_table(numbers(study_rows(CM=[(1, 1)]))) == ""
+
+
+def test_study_heart_shows_the_main_methods_at_the_end():
+    from experiments import study
+    rows = (study_rows(DDPM=[(10, 0.1), (20, 0.2)], CM=[(8, 0.3), (17, 0.4), (5, 0.1)],
+                       **{"CM, θ_g": [(30, 0.5)], "ADA": [(1, 1)]})
+            + study_rows(200, OC=[(3, 0.1)], steps=8000)
+            + study_rows(200, DDPM=[(1, 1)]) + study_rows(CM=[(1, 1)], guidance=1))
+    rows = numbers([row | {"FD overall": 2 * row["FD Few"], "accuracy Few": 0.25} for row in rows])
+    table, = shown_cells(study.heart(rows))
+    assert table[0][-1] == "FD Few − DDPM's" and [row[:3] for row in table[2:]] == [
+        ["200", "OC", "1"], ["1,000", "DDPM", "2"], ["1,000", "CM", "3"],
+        ["1,000", "CM, θ_g", "1"]]
+    assert table[2][3:] == ["6.0", "3.0", "0.50", "0.25", "0.1000", ""]  # nothing to compare with
+    assert table[3][3:] == ["30.0 ± 14.1", "15.0 ± 7.1", "0.50 ± 0.00", "0.25 ± 0.00",
+                            "0.1500 ± 0.0707", ""]
+    half = 12.7062 * 0.5  # t(0.975, 1 degree of freedom) times the standard error of -2 and -3
+    assert table[4][-1] == f"-2.5 [{-2.5 - half:.1f}, {-2.5 + half:+.1f}]"
+    assert table[5][-1] == "+20.0"
+
+
+def test_study_second_distances_against_scipy(tmp_path, monkeypatch):
+    import scipy.linalg
+    from experiments import study
+    seeds, train_classifier = [], fid.train_classifier
+
+    def hasty(*args, seed):
+        seeds.append(seed)
+        return train_classifier(*args, steps=2, seed=seed)
+
+    monkeypatch.setattr(fid, "train_classifier", hasty)
+    config = cm.parse([*MINIATURE, "--ir", "8"])[0].resolved()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (600, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels, counts = torch.arange(600) % 10, [9, 1, 8, 2, 7, 3, 6, 4, 5, 10]
+    found = [study.second_distances(images, labels, counts, config, "cpu", tmp_path)
+             for _ in range(2)]
+    assert found[0] == found[1] and seeds == [1]  # the cache's, the second time
+    real, real_labels, _ = cm.load_dataset("shapes", None, config.image_size)
+    state = torch.load(next(tmp_path.glob("second-*")), weights_only=True)
+    net = fid.Classifier(3, 10).eval()
+    net.load_state_dict(state["weights"])
+    with torch.no_grad():
+        features = [net(x)[0].double().numpy() for x in (fid.chw(real), images)]
+    splits = {"overall": range(10), "Many": [9, 0, 2], "Medium": [4, 6, 8], "Few": [1, 3, 5, 7]}
+    assert found[0].keys() == {f"FD2 {split}" for split in splits}
+    for split, classes in splits.items():
+        a, b = (x[np.isin(y, list(classes))] for x, y in zip(features, (real_labels, labels),
+                                                             strict=True))
+        covariances = np.cov(a.T), np.cov(b.T)
+        root = scipy.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0) ** 0.5
+        expected = (((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sum(covariances))
+                    - 2 * root.sum())
+        assert abs(found[0][f"FD2 {split}"] / expected - 1) < 1e-3, split
 
 
 def test_first_study_is_labelled_and_one_cell_is_written_anew(tmp_path, capsys):
