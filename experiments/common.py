@@ -4,7 +4,10 @@ It has no command line. The scripts import this file, never each other.
 """
 
 import argparse
+import contextlib
+import fcntl
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -116,6 +119,43 @@ def run(flags, out, **made_of):
     if status:
         sys.exit(status)
     return ""
+
+
+def directory_of(run, runs):
+    """Where in `runs` the study keeps (method, n_max, seed), and others find its checkpoints."""
+    method, n_max, seed = run
+    name = re.sub(r"[^\w]+", "-", method.removesuffix(", θ_g"))  # theta_g is CM's
+    return runs / f"{n_max}-{name}-{seed}"
+
+
+def checkpoint_at(steps, flags, directory, before):
+    """Path of the checkpoint at `steps` of a run of cm.py in the study's layout, `directory`/run
+    and checkpoints beside it; trained, or gone on with, where it is lacking.
+
+    before: an earlier step, whose checkpoint the study wants and couldn't get later. What is
+    printed goes to output.txt. Raises ValueError where the checkpoint was made with other options
+    than `flags` too, FloatingPointError where the run ran off, SystemExit as `run` does."""
+    path = directory / f"checkpoint-{steps}.pt"
+    directory.mkdir(parents=True, exist_ok=True)
+    with (open(directory / "lock", "w") as lock, open(directory / "output.txt", "a") as output,
+          contextlib.redirect_stdout(output)):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the study may be at work there
+        for milestone in sorted({min(before, steps), steps}):
+            kept = directory / f"checkpoint-{milestone}.pt"
+            if not path.is_file() and not kept.is_file():
+                ran_off = run([*flags, "--steps", str(milestone)], directory / "run")
+                if ran_off:
+                    raise FloatingPointError(f"{directory}: {ran_off}")
+                cm.write_atomically(kept, lambda temporary: shutil.copy(
+                    directory / "run" / "checkpoint.pt", temporary))
+    made, wanted = (cm.stored_options(config) for config in (
+        cm.load_trained(path)[0], cm.parse([*flags, "--steps", str(steps)])[0].resolved()))
+    for name, value in wanted.items():
+        if made[name] != value and name not in (
+                "data", "device", "out", "amp", "compile", "log_every", "checkpoint_every"):
+            raise ValueError(f"{path} was made with --{name.replace('_', '-')} {made[name]}, not "
+                             f"{value}; name another directory")
+    return path
 
 
 # ------------------------------------------------------------------------------------------------

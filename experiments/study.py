@@ -24,7 +24,6 @@ import fcntl
 import functools
 import multiprocessing
 import os
-import re
 import shutil
 import sys
 import time
@@ -182,7 +181,7 @@ def measure(run, points, milestones, flags, directory, num_images):
     directory.mkdir(parents=True, exist_ok=True)
     made_of = dict(losses=spec.losses, network=spec.network)
     if spec.tunes:
-        start = directory_of((spec.base, n_max, seed), directory.parent)
+        start = common.directory_of((spec.base, n_max, seed), directory.parent)
         made_of["network"] = baselines.lora_of(start / f"checkpoint-{spec.tunes}.pt")
     with (open(directory / "lock", "w") as lock,
           open(directory / "output.txt", "a", buffering=1) as output,
@@ -292,12 +291,6 @@ def memorised(images, training):
 # All runs
 
 
-def directory_of(run, runs):
-    method, n_max, seed = run
-    name = re.sub(r"[^\w]+", "-", method.removesuffix(", θ_g"))  # theta_g is CM's
-    return runs / f"{n_max}-{name}-{seed}"
-
-
 def key_of(run, point):
     """The columns KEY of a row, as text."""
     method, n_max, seed = run
@@ -307,8 +300,8 @@ def key_of(run, point):
 def milestones_of(run):
     """All steps at which any stage measures a run: there a checkpoint is kept."""
     method, n_max, seed = run
-    alike = {m for m in METHODS if directory_of((m, n_max, seed), Path()) ==
-             directory_of(run, Path())}
+    alike = {m for m in METHODS if common.directory_of((m, n_max, seed), Path()) ==
+             common.directory_of(run, Path())}
     return sorted({p.steps for stage in make_stages().values() for p in stage.points
                    if stage.n_max == n_max and seed in stage.seeds
                    and alike.intersection(stage.methods)})
@@ -326,7 +319,7 @@ def missing_points(names, rows, runs):
 
     def is_missing(run, point):
         key = key_of(run, point)
-        samples = samples_of(METHODS[run[0]], directory_of(run, runs), point)
+        samples = samples_of(METHODS[run[0]], common.directory_of(run, runs), point)
         return key not in done or (key not in whole and samples.is_file())
 
     missing = {}
@@ -365,7 +358,7 @@ def study(names, path, runs, flags, jobs, num_images):
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
         tasks = {pool.submit(measure, run, points, milestones_of(run), flags,
-                             directory_of(run, runs), num_images): run
+                             common.directory_of(run, runs), num_images): run
                  for run, points in missing.items()}
         try:
             for task in as_completed(tasks):

@@ -101,7 +101,7 @@ def test_scripts_import_no_other_script():
         if not path.name.startswith("test_"):
             lines = re.findall(r"^\s*((?:from|import) experiments.*)$", path.read_text(), re.M)
             assert set(lines) <= {f"from experiments import {names}" for names in (
-                "common", "baselines", "baselines, common")}, path
+                "common", "baselines", "baselines, common", "classifiers, common")}, path
 
 
 # ------------------------------------------------------------------------------------------------
@@ -495,16 +495,16 @@ def test_a_method_that_tunes_starts_at_its_base_and_is_compared_with_it(tmp_path
     for method, steps in (("CBDM", 4), ("CBDM (LoRA)", 3)):
         run = method, 40, 3
         row, = study.measure(run, [study.Point(steps)], [steps], flags,
-                             study.directory_of(run, tmp_path), 60)
+                             common.directory_of(run, tmp_path), 60)
         assert (row["method"], row["steps"], row["status"]) == (method, steps, "finished")
         weights[method] = cm.load_checkpoint(
-            study.directory_of(run, tmp_path) / f"checkpoint-{steps}.pt")["ema"]
+            common.directory_of(run, tmp_path) / f"checkpoint-{steps}.pt")["ema"]
     tuned = {name.replace(".layer.", "."): p for name, p in weights["CBDM (LoRA)"].items()}
     assert all(torch.equal(tuned[name], p) for name, p in weights["CBDM"].items())
     assert tuned.keys() > weights["CBDM"].keys()
     run = "CBDM (LoRA)", 40, 4
     with pytest.raises(ValueError, match="40-CBDM-4/checkpoint-4.pt can't be loaded"):
-        study.measure(run, [study.Point(3)], [3], flags, study.directory_of(run, tmp_path), 60)
+        study.measure(run, [study.Point(3)], [3], flags, common.directory_of(run, tmp_path), 60)
 
     rows = study_rows(CBDM=[(5, 0)], steps=4) + study_rows(CBDM=[(9, 0)], steps=3)
     rows = numbers(rows + study_rows(**{"CBDM (LoRA)": [(7, 0)]}, steps=3))

@@ -1,0 +1,250 @@
+"""Are the generated images of use? A classifier trained with them, as in Tab. G.8.
+
+    python -m experiments.downstream --data /usr/share/datasets/fashion-mnist
+    python -m experiments.downstream --data DIR --samples mine.npz   # yours in place of ours
+    python -m experiments.downstream --table        # only the tables and assets/downstream.png
+
+The classifier of classification.py, for as many steps each: on the long-tailed set alone; with five
+generated images for each real one, balanced over classes, of DDPM, RS and CM, without and with
+guidance; and with what needs no generator, class-balanced re-sampling and logit adjustment (LA).
+Generators are the study's, trained in --generators where they are lacking; options that aren't its
+own go to cm.py. Columns: macro precision and recall on the test set; label accuracy: how often a
+classifier that was trained on the whole balanced set sees a generated image's class in it.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import cm
+import fid
+from experiments import classifiers, common
+
+ALONE = {"real images": ("CE", False), "re-sampling": ("CE", True), "LA": ("LA", False)}
+REWEIGHTED = ("re-sampling", "LA")
+GENERATORS = {"DDPM": "--no-cm", "RS": "--no-cm --resample 0.5", "CM": ""}  # as in study.py
+GUIDANCE = (0, 1)
+PER_REAL = 5  # generated images for each real one; the paper's are 50,000 and 10,847
+MILESTONE = 1500  # a step at which the study wants a checkpoint, too
+SHOWN = ("precision", "recall", "recall Many", "recall Medium", "recall Few")
+LABELS = ("label accuracy", "label accuracy Few")
+KEY = ["setting", "guidance", "seed"]
+WORDS = ("setting", "options")
+UNUSED = "unconditional", "no_cm", "resample", "base", "cbdm_prior", "seed", "amp", "compile"
+PAPER = {"CM − DDPM": "+2.50, +4.44", "CM − real images": "+5.98, +9.53",  # Tab. G.8, points:
+         "DDPM − real images": "+3.48, +5.09"}  # differences in precision and in recall
+
+
+class Setup:
+    """What all runs share: data, counts a class and the judge of labels."""
+
+    def __init__(self, args, config, flags):
+        self.args, self.config, self.flags = args, config, flags
+        self.device = cm.pick_device(config.device)
+        options = config.dataset, config.data, config.image_size
+        self.training, self.test, names = classifiers.read(*options, config.n_max, config.ir,
+                                                           self.device)
+        self.counts = torch.bincount(self.training.labels, minlength=len(names)).tolist()
+        self.total = PER_REAL * sum(self.counts)
+        for path in args.samples:
+            self.read(path)  # for its checks
+        self.whole = cm.on_device(*cm.load_dataset(*options)[:2], "cpu")
+
+    def judge(self):
+        """A classifier that was trained on the whole balanced set: fid.py's, of another seed."""
+        def make():
+            net, accuracy = fid.train_classifier(
+                *self.whole, *(x.cpu() for x in self.test), len(self.counts), self.device, seed=2)
+            print(f"the judge recognises {100 * accuracy:.1f} % of test images", file=sys.stderr)
+            return net.cpu().state_dict()
+
+        images = self.whole[0]
+        weights = fid.cached(self.args.runs / "judge", "judge", [images.numpy().tobytes()], make)
+        net = fid.Classifier(images.shape[1], len(self.counts)).eval().requires_grad_(False)
+        net.load_state_dict(weights)
+        return net.to(self.device)
+
+    def samples(self, generator, guidance, seed):
+        """The .npz of images of a generator, drawn where there is none."""
+        directory = common.directory_of((generator, self.config.n_max, seed), self.args.generators)
+        flags = [*self.flags, *f"--base ddpm --seed {seed} {GENERATORS[generator]}".split()]
+        checkpoint = common.checkpoint_at(self.config.steps, flags, directory, MILESTONE)
+        path = self.args.runs / f"{directory.name}-{self.args.sampler}-g{guidance}.npz"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.redirect_stdout(sys.stderr):
+                cm.generate(dataclasses.replace(
+                    self.config, sample=str(checkpoint), out=str(path), num_images=self.total,
+                    seed=seed, guidance=guidance, sampler=self.args.sampler))
+        return path
+
+    def read(self, path):
+        """Images of an .npz, PER_REAL for each real one, classes alike. Raises ValueError."""
+        images, labels, _ = fid.read_images(path)
+        shape, classes = self.training.images.shape[1:], len(self.counts)
+        if labels is None or labels.max() >= classes or images.shape[1:] != shape:
+            raise ValueError(f"{path} must hold images [C, H, W] = {list(shape)} and, in arr_1, "
+                             f"labels below {classes}")
+        taken = torch.cat([torch.where(labels == k)[0][:len(range(k, self.total, classes))]
+                           for k in range(classes)])
+        if len(taken) < self.total:
+            raise ValueError(f"{path} has too few images of a class; python cm.py --sample "
+                             f"CHECKPOINT --num-images {self.total} draws as many as are needed")
+        return classifiers.Images(images[taken].to(self.device), labels[taken].to(self.device))
+
+    def measure(self, setting, guidance, seed, path, options):
+        """A row: train with a setting's images, checkpoint at `path`, and test."""
+        training, row = self.training, {}
+        if setting not in ALONE:
+            given = {path.stem: path for path in self.args.samples}
+            if not given:
+                turn = self.args.seeds.index(seed) % len(self.args.generator_seeds)
+                row["generator seed"] = self.args.generator_seeds[turn]
+                given[setting] = self.samples(setting, guidance, row["generator seed"])
+            new = self.read(given[setting])
+            seen = fid.extract(self.judge(), new.images, "judging")[1].argmax(1)
+            right = (seen == new.labels).cpu().double()
+            few = torch.isin(new.labels.cpu(), torch.as_tensor(cm.splits(self.counts)["Few"]))
+            row |= dict(zip(LABELS, (right.mean().item(), right[few].mean().item()), strict=True))
+            training = classifiers.Images(*map(torch.cat, zip(training, new, strict=True)))
+        base, balanced = ALONE.get(setting, ALONE["real images"])
+        net = classifiers.fit(self.args.network, training, self.counts, base, seed,
+                              self.args.classifier_steps, path, options, balanced=balanced,
+                              augment=self.config.dataset != "fashion")
+        found = classifiers.confusion(net, self.test, len(self.counts))
+        row["precision"], row["recall"] = macro(found)
+        return row | {f"recall {name}": (found.diag() / found.sum(1))[k].mean().item()
+                      for name, k in cm.splits(self.counts).items()} | {"options": options}
+
+
+def macro(found):
+    """(precision, recall), means over the classes, of a confusion matrix [K, K] with true classes
+    in rows. A class that is never predicted has precision 0."""
+    right = found.diag().double()
+    return [(right / found.sum(axis).clamp(min=1)).mean().item() for axis in (0, 1)]
+
+
+def study(args, config, flags):
+    """Every setting and seed that has no row yet. Raises ValueError."""
+    options = common.settings(flags) + "".join(
+        f" --{name.replace('_', '-')} {getattr(args, name)}"
+        for name in ("classifier_steps", "generator_seeds", "network", "sampler"))
+    rows, setup = common.read_rows(args.rows, options), Setup(args, config, flags)
+    settings = [(name, "") for name in [*ALONE, *(path.stem for path in args.samples)]]
+    settings += () if args.samples else itertools.product(GENERATORS, GUIDANCE)
+    runs = [(*setting, seed) for seed in args.seeds for setting in settings]
+    for number, run in enumerate(runs, 1):
+        key = dict(zip(KEY, run, strict=True))
+        if rows.empty or not (rows[KEY] == common.text([key]).iloc[0]).all(axis=1).any():
+            print(f"run {number} of {len(runs)}", file=sys.stderr)
+            path = args.runs / ("-".join(map(str, run)).replace(" ", "_") + ".pt")
+            new = common.text([key | setup.measure(*run, path, options)])
+            rows = pd.concat([rows, new], ignore_index=True).fillna("")
+            common.write_rows(args.rows, rows)
+            path.unlink(missing_ok=True)
+
+
+def by_setting(rows):
+    """{"DDPM, guidance 0": its rows by seed, measures in %}, in order."""
+    percent = 100 * rows.set_index("seed").reindex(columns=[*LABELS, *SHOWN])
+    names = np.array([name if np.isnan(w) else f"{name}, guidance {w:g}"
+                      for name, w in zip(rows["setting"], rows["guidance"], strict=True)])
+    return {name: percent[names == name] for name in dict.fromkeys(names)}
+
+
+def table(rows):
+    """The tables in Markdown, and what follows."""
+    runs = by_setting(rows)
+    values = [{"trained on": name, "seeds": len(run)} | {
+        s: common.spread(run[s], 1) for s in (*LABELS, *SHOWN)} for name, run in runs.items()]
+    pairs = [(name, "real images") for name in REWEIGHTED]
+    for name in (name for name in runs if name not in ALONE):
+        pairs += [(name, other) for other in (*ALONE, name.replace("CM,", "DDPM,"))
+                  if other != name]
+    differences = [{"difference": f"{ours} − {theirs}"} | {
+        s: common.interval(*common.difference(runs[ours][s], runs[theirs][s])[:2], 1)
+        for s in ("precision", "recall", "recall Few")} | {
+        "the paper": PAPER.get(f"{ours.split(',')[0]} − {theirs.split(',')[0]}", "")}
+        for ours, theirs in pairs if ours in runs and theirs in runs]
+    return "\n\n".join([
+        "On the test set, %: mean ± standard deviation over seeds", common.markdown(values),
+        "Differences, points, paired by seed: mean and 95 % interval (the paper: precision and "
+        "recall, CIFAR-100)", common.markdown(differences), verdict(runs)])
+
+
+def verdict(runs):
+    """Does generating beat re-weighting? The best of each, by recall."""
+    sides = [name for name in runs if name not in ALONE], [n for n in REWEIGHTED if n in runs]
+    if not all(sides):
+        return "Does generating beat re-weighting? Not run."
+    ours, theirs = (max(side, key=lambda name: runs[name]["recall"].mean()) for side in sides)
+    mean, half, seeds = common.difference(runs[ours]["recall"], runs[theirs]["recall"])
+    answer = "Undecided" if not abs(mean) > half else "Yes" if mean > 0 else "No"
+    return (f"Does generating beat re-weighting? {answer}: recall of the best with generated "
+            f"images ({ours}) − the best without ({theirs}) = {common.interval(mean, half, 1)}, "
+            f"{seeds} seeds. These very numbers picked each side's best.")
+
+
+def draw(rows, path):
+    """Each setting's means and standard deviations, of all classes and of Few."""
+    runs = by_setting(rows)
+    figure = Figure(figsize=(9, 0.38 * len(runs) + 1.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, measures in zip(axes, (SHOWN[:2], (SHOWN[-1], LABELS[-1])), strict=True):
+        for i, measure in enumerate(measures):
+            axis.errorbar([run[measure].mean() for run in runs.values()],
+                          np.arange(len(runs)) + 0.2 * (i - 0.5),
+                          xerr=[np.nan_to_num(run[measure].std()) for run in runs.values()],
+                          fmt="os"[i], label=measure)
+        axis.set_xlabel("%")
+        axis.legend(fontsize=8)
+    axes[0].set_yticks(range(len(runs)), runs)
+    axes[0].invert_yaxis()
+    common.save(figure, path)
+
+
+def main(argv=None):
+    parser = common.parser("downstream", __doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
+    parser.add_argument("--generator-seeds", type=int, nargs="+", default=[11, 12])
+    parser.add_argument("--generators", type=Path, default=Path("runs/study"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/downstream"))
+    parser.add_argument("--samples", type=Path, nargs="+", default=[], metavar="NPZ")
+    parser.add_argument("--sampler", choices=["ddim", "dpm"], default="dpm")
+    parser.add_argument("--network", choices=list(classifiers.NETWORKS), default="small")
+    parser.add_argument("--classifier-steps", type=int, default=2000)
+    args, flags = parser.parse_known_args(argv)
+    torch.set_num_threads(1)  # results repeat only with the same number of threads
+    try:
+        flags = common.with_defaults(flags, n_max="1000", steps="6000", warmup="100")
+        config, typed = cm.parse(flags)
+        for f in dataclasses.fields(config):
+            if f.name in typed and (f.name in UNUSED or f.metadata["group"] in ("run", "sampling")):
+                raise ValueError(f"--{f.name.replace('_', '-')} has no meaning here")
+        names = [*ALONE, *GENERATORS, *(path.stem for path in args.samples)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--samples: names must differ, also from {', '.join(names[:6])}")
+        for name in ("classifier_steps", "seeds", "generator_seeds"):
+            least = np.min(getattr(args, name))
+            cm.check(least >= (name == "classifier_steps"), name, least, "larger")
+        if not args.table:
+            study(args, config.resolved(), flags)
+        rows = common.numbers(common.read_table(args.rows), WORDS)
+        print(table(rows))
+        draw(rows, args.assets / "downstream.png")
+        return 0
+    except (ValueError, OSError) as e:
+        cm.fail(e)
+    except FloatingPointError as e:
+        sys.exit(f"downstream: {e}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""Tests of downstream.py. They need pandas, tabulate and scikit-learn."""
+
+import functools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # whatever pytest's import mode
+import cm
+import fid
+
+pd = pytest.importorskip("pandas")
+pytest.importorskip("tabulate")
+from experiments import classifiers, common  # noqa: E402
+from experiments import downstream as down  # noqa: E402
+
+torch.set_num_threads(1)  # results repeat with as many threads
+ARGS = ["--dataset", "shapes", "--n-max", "12", "--ir", "6", "--image-size", "8", "--channels", "4",
+        "--multipliers", "1", "2", "--batch-size", "4", "--steps", "3", "--classifier-steps", "3",
+        "--seeds", "20", "--generator-seeds", "5", "--runs", "runs", "--generators", "gen",
+        "--rows", "rows.csv", "--assets", "."]
+COUNTS = cm.class_counts(12, 6, 10)
+TOTAL = 5 * sum(COUNTS)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """As cm.py's shapes, 20 images a class to train, 4 to test; small batches, short milestones."""
+    draw = functools.cache(cm.draw_shapes)
+    monkeypatch.setattr(cm, "draw_shapes",
+                        lambda _, size, seed: draw(4 if seed else 20, size, seed))
+    monkeypatch.setattr(classifiers, "BATCH", 16)
+    monkeypatch.setattr(down, "MILESTONE", 2)
+    monkeypatch.setattr(cm, "report", lambda *_: print("reported"))  # it takes the longest
+    train = fid.train_classifier
+    monkeypatch.setattr(fid, "train_classifier",
+                        lambda *a, **options: train(*a, **options | {"steps": 2}))
+
+
+def write_npz(path, labels, side=8, channels=3, **more):
+    images = np.random.RandomState(0).randint(256, size=(len(labels), side, side, channels))
+    np.savez(path, arr_0=images.astype(np.uint8), **more)
+
+
+def test_macro_precision_and_recall_are_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.RandomState(0)
+    true, predicted = rng.randint(5, size=300), rng.randint(4, size=300)  # 4 is never predicted
+    found = torch.from_numpy(metrics.confusion_matrix(true, predicted))
+    theirs = metrics.precision_recall_fscore_support(true, predicted, average="macro",
+                                                     zero_division=0)[:2]
+    assert down.macro(found) == pytest.approx(theirs)
+    assert theirs[0] != pytest.approx(theirs[1], abs=1e-3)
+
+
+def trained_on(monkeypatch, arguments, runs):
+    """{(setting, guidance): what `fit` was called with} of runs with these arguments."""
+    calls = {}
+
+    def fit(name, training, counts, base, seed, steps, path, options, **how):
+        assert not path.is_file()
+        calls[runs[len(calls)]] = dict(training=training, counts=counts, base=base, steps=steps,
+                                       seed=seed, path=path, **how)
+        net = classifiers.Network("small", 3, 10)
+        return net.eval()
+
+    monkeypatch.setattr(classifiers, "fit", fit)
+    assert down.main(arguments) == 0
+    assert len(calls) == len(runs)
+    return calls
+
+
+def test_training_sets_are_of_the_right_size_and_balance(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+
+    def samples(self, generator, guidance, seed):
+        drawn.append((generator, guidance, seed))
+        path = tmp_path / f"{generator}{guidance}{seed}.npz"
+        labels = np.arange(TOTAL + 20) % 10  # more than are needed
+        write_npz(path, labels, arr_1=labels)
+        return path
+
+    monkeypatch.setattr(down.Setup, "samples", samples)
+    settings = [*down.ALONE, *((g, w) for g in ("DDPM", "RS", "CM") for w in (0, 1))]
+    runs = [(setting, seed) for seed in (20, 21, 22) for setting in settings]
+    calls = trained_on(monkeypatch, [*ARGS, "--seeds", "20", "21", "22", "--generator-seeds", "5",
+                                     "6"], runs)
+    real = cm.Data(cm.Config(dataset="shapes", ir=6, n_max=12, image_size=8).resolved())
+    for (setting, seed), call in calls.items():
+        training = call["training"]
+        assert call["counts"] == COUNTS and call["steps"] == 3 and call["seed"] == seed
+        assert call["base"] == ("LA" if setting == "LA" else "CE") and call["augment"]
+        assert call["balanced"] == (setting == "re-sampling")
+        assert torch.equal(training.images[:len(real.images)], real.images)
+        assert torch.equal(training.labels[:len(real.images)], real.labels)
+        generated = training.labels[len(real.images):].bincount(minlength=10)
+        if setting in down.ALONE:
+            assert generated.sum() == 0
+        else:
+            assert generated.sum() == TOTAL and generated.max() - generated.min() <= 1
+    assert len({call["path"] for call in calls.values()}) == len(calls)
+    assert drawn == [(g, w, s) for s in (5, 6, 5) for g in ("DDPM", "RS", "CM") for w in (0, 1)]
+    rows = common.read_rows(Path("rows.csv"))
+    assert rows["generator seed"].tolist() == 3 * [""] + 6 * ["5"] + 3 * [""] + 6 * ["6"] + \
+        3 * [""] + 6 * ["5"]
+
+
+def test_samples_of_ones_own_take_the_generators_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    labels = np.arange(TOTAL) % 10
+    write_npz("mine.npz", labels, arr_1=labels)
+    order = torch.from_numpy(np.sort(labels))  # the order in which they are taken
+    seen = torch.where(order == 9, 0, order)  # the judge takes class 9 for 0
+    monkeypatch.setattr(down.Setup, "judge", lambda self: None)
+    monkeypatch.setattr(fid, "extract", lambda net, images, _: (
+        None, torch.nn.functional.one_hot(seen, 10)))
+    runs = [*down.ALONE, "mine"]
+    calls = trained_on(monkeypatch, [*ARGS, "--samples", "mine.npz"], runs)
+    assert len(calls["mine"]["training"].labels) == sum(COUNTS) + TOTAL
+    row = common.read_rows(Path("rows.csv")).iloc[-1]
+    nines = (labels == 9).sum()
+    assert (row["setting"], row["guidance"]) == ("mine", "") and "generator seed" not in row
+    assert float(row["label accuracy"]) == pytest.approx(1 - nines / TOTAL, abs=1e-5)
+    few = np.isin(labels, cm.splits(COUNTS)["Few"]).sum()
+    assert float(row["label accuracy Few"]) == pytest.approx(1 - nines / few, abs=1e-5)
+    assert "mine" in capsys.readouterr().out and not Path("gen").exists()
+
+
+def test_the_judge_is_trained_on_the_whole_balanced_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    train = fid.train_classifier
+    monkeypatch.setattr(fid, "train_classifier", lambda *a, **more: (
+        seen.append(a), train(*a, **more))[1])
+    config = cm.Config(dataset="shapes", ir=6, n_max=12, image_size=8).resolved()
+    args = type("Args", (), dict(samples=[], runs=tmp_path))
+    setup = down.Setup(args, config, [])
+    nets = [setup.judge(), setup.judge()]
+    assert len(seen) == 1  # kept
+    images, labels, *test = seen[0][:4]
+    assert labels.bincount().tolist() == [20] * 10 and test[1].bincount().tolist() == [4] * 10
+    assert len(images) == 200 and not nets[0].training
+    x = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(nets[0](x)[1], nets[1](x)[1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Generators
+
+
+def test_a_generator_is_trained_in_the_studys_layout_and_taken_from_there(tmp_path, monkeypatch):
+    flags = common.with_defaults(ARGS[:-14] + ["--base", "ddpm", "--seed", "5"], warmup="100")
+    directory = common.directory_of(("CM with RS, θ_g", 12, 5), tmp_path)
+    assert directory == tmp_path / "12-CM-with-RS-5"
+    path = common.checkpoint_at(3, flags, directory, 2)
+    assert path == directory / "checkpoint-3.pt"
+    assert [cm.load_checkpoint(directory / f"checkpoint-{i}.pt")["step"] for i in (2, 3)] == [2, 3]
+    assert "reported" in (directory / "output.txt").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "run", None)  # neither trained again, nor where `before` is gone
+        (directory / "checkpoint-2.pt").unlink()
+        assert common.checkpoint_at(3, flags, directory, 2) == path
+    with pytest.raises(ValueError, match="checkpoint-3.pt was made with --ir 6.0, not 7.0"):
+        common.checkpoint_at(3, [*flags, "--ir", "7"], directory, 2)
+    monkeypatch.setattr(common, "run", lambda *_: "not finite at step 2")
+    with pytest.raises(FloatingPointError, match="12-CM-6: not finite at step 2"):
+        common.checkpoint_at(3, flags, tmp_path / "12-CM-6", 2)
+
+
+def test_generators_are_those_of_the_study():
+    study = pytest.importorskip("experiments.study")
+    assert {name: study.METHODS[name].flags for name in down.GENERATORS} == down.GENERATORS
+    for name in down.GENERATORS:
+        steps = study.milestones_of((name, 1000, 11))
+        assert [s for s in steps if s <= 6000] == [1500, 6000]
+
+
+def test_what_is_drawn_and_from_which_generator(tmp_path, monkeypatch):
+    made, drawn = [], []
+    monkeypatch.setattr(common, "checkpoint_at", lambda steps, flags, directory, before: (
+        made.append((steps, cm.parse(flags)[0].resolved(), directory, before)),
+        directory / f"checkpoint-{steps}.pt")[1])
+    monkeypatch.setattr(cm, "generate", lambda config: drawn.append(config))
+    config = cm.Config(dataset="shapes", ir=6, n_max=12, image_size=8, steps=4).resolved()
+    args = type("Args", (), dict(samples=[], runs=tmp_path / "r", generators=Path("gen"),
+                                 sampler="ddim"))
+    setup = down.Setup(args, config, ["--n-max", "12"])
+    for generator, no_cm, resample in (("DDPM", True, 1), ("RS", True, 0.5), ("CM", False, 1)):
+        path = setup.samples(generator, 1, 7)
+        steps, trained, directory, before = made[-1]
+        assert directory == Path(f"gen/12-{generator}-7") and (steps, before) == (4, 2)
+        assert (trained.no_cm, trained.resample, trained.seed) == (no_cm, resample, 7)
+        assert (trained.base, trained.n_max) == ("ddpm", 12)
+        assert path == tmp_path / "r" / f"12-{generator}-7-ddim-g1.npz" == Path(drawn[-1].out)
+        assert drawn[-1].sample == f"gen/12-{generator}-7/checkpoint-4.pt"
+        assert (drawn[-1].num_images, drawn[-1].seed) == (TOTAL, 7)
+        assert (drawn[-1].guidance, drawn[-1].sampler) == (1, "ddim")
+        path.touch()
+        assert setup.samples(generator, 1, 7) == path
+    assert len(drawn) == 3 and len(made) == 6
+
+
+def kills_at(call, update):
+    calls = []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    return killed
+
+
+def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(tmp_path, monkeypatch, capsys):
+    results = {}
+    monkeypatch.setattr(down, "GUIDANCE", (1,))
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "stopped":
+            for module, function, call, rows in ((classifiers, "losses", 5, 2),
+                                                 (cm, "update", 4, 5)):  # RS's first step
+                with monkeypatch.context() as patch:
+                    patch.setattr(module, function, kills_at(call, getattr(module, function)))
+                    with pytest.raises(SystemExit) as stopped:
+                        down.main(ARGS)
+                assert stopped.value.code == 128 + signal.SIGTERM
+                assert len(Path("rows.csv").read_text().splitlines()) == rows
+        capsys.readouterr()
+        assert down.main(ARGS) == 0
+        results[name] = Path("rows.csv").read_bytes(), capsys.readouterr().out
+        assert Path("downstream.png").is_file() and not list(Path("runs").glob("*.pt"))
+    assert results["whole"] == results["stopped"]
+    rows, out = results["whole"]
+    assert len(rows.splitlines()) == 7 and "Does generating beat re-weighting?" in out
+    samples = {path.name: fid.read_images(path)[0] for path in Path("runs").glob("*.npz")}
+    assert set(samples) == {f"12-{name}-5-dpm-g1.npz" for name in down.GENERATORS}
+    assert all(len(images) == TOTAL for images in samples.values())
+    monkeypatch.setattr(down.Setup, "measure", None)  # nothing is run again
+    assert down.main(ARGS) == 0 and capsys.readouterr().out == out
+    assert down.main([*ARGS, "--table"]) == 0 and capsys.readouterr().out == out
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables
+
+
+def rows_of(**recalls):
+    """Rows of settings "NAME" or "NAME, guidance W", a recall for each seed from 20 on."""
+    rows = []
+    for name, values in recalls.items():
+        setting, _, w = name.partition("_")
+        rows += [dict(setting=setting.replace("real", "real images"), guidance=w, seed=20 + i,
+                      precision=v + 0.05, recall=v, options="") for i, v in enumerate(values)]
+    return common.numbers(common.text(rows), down.WORDS)
+
+
+def test_tables_at_numbers_worked_by_hand():
+    text = down.table(rows_of(real=[0.5, 0.52], LA=[0.6, 0.6], DDPM_0=[0.55, 0.55],
+                              CM_0=[0.56, 0.58], CM_1=[0.5, 0.5]))
+    lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+             for line in text.splitlines() if line.startswith("|")}
+    # 1 and 3 points: 2 ± 12.706
+    assert lines["CM, guidance 0 − DDPM, guidance 0"][1] == "+2.0 [-10.7, +14.7]"
+    assert lines["CM, guidance 0 − DDPM, guidance 0"][-1] == "+2.50, +4.44"
+    assert lines["LA − real images"][1:] == ["+9.0 [-3.7, +21.7]", "+nan", ""]
+    assert lines["DDPM, guidance 0 − real images"][-1] == "+3.48, +5.09"
+    assert lines["CM, guidance 1 − real images"][-1] == "+5.98, +9.53"
+    assert "CM, guidance 1 − DDPM, guidance 1" not in lines
+    assert lines["real images"][:1] + lines["real images"][3:5] == ["2", "56.0 ± 1.4", "51.0 ± 1.4"]
+
+
+@pytest.mark.parametrize("generated, answer, says", [
+    ([0.5, 0.51, 0.5], "No", "= -9.7 [-11.1, -8.2], 3 seeds"),
+    ([0.7, 0.71, 0.7], "Yes", "(CM, guidance 1) − the best without (LA)"),
+    ([0.5, 0.71, 0.6], "Undecided", "= +0.3"), ([0.7], "Undecided", "= +10.0, 1 seeds")])
+def test_the_verdict(generated, answer, says):
+    others = dict(real=[0.9] * 3, LA=[0.6] * 3, CM_0=[0.1] * 3)
+    runs = down.by_setting(rows_of(**others, **{"re-sampling": [0.55] * 3}, CM_1=generated))
+    text = down.verdict(runs)
+    assert text.startswith(f"Does generating beat re-weighting? {answer}: ") and says in text
+    assert "Not run" in down.verdict(down.by_setting(rows_of(LA=[0.5])))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("--classifier-steps 0", "--classifier-steps"), ("--seeds -1", "--seeds"),
+    ("--generator-seeds -2", "--generator-seeds"), ("--seeds x", "invalid int"),
+    ("--base oc", "--base has no meaning"), ("--num-images 3", "--num-images has no meaning"),
+    ("--rank-ratio 2", "rank-ratio"), ("--dataset fashion --data none", "none"),
+    ("--samples none.npz", "none.npz"), ("--samples CM.npz", "names must differ"),
+    ("--samples ../few.npz", "too few images of a class"), ("--samples a.npz b/a.npz", "names"),
+    ("--samples ../unlabelled.npz", "labels below 10"), ("--samples ../wide.npz", "[3, 8, 8]"),
+    ("--samples ../eleven.npz", "labels below 10"), ("--sampler ddpm", "invalid choice"),
+    ("--table", "has no rows")])
+def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    labels = np.arange(TOTAL) % 10
+    for name, y, more in (("few", np.where(labels == 2, 3, labels), {}), ("wide", labels, {}),
+                          ("eleven", labels + (labels == 9), {})):
+        write_npz(tmp_path / f"{name}.npz", labels, 16 if name == "wide" else 8, arr_1=y, **more)
+    write_npz(tmp_path / "unlabelled.npz", labels)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(SystemExit) as stopped:
+        down.main([*ARGS, *arguments.split()])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and says in err and len(err.splitlines()) == 1, err
+    assert not list(Path().iterdir())
