@@ -1,0 +1,231 @@
+"""Does CM help where a pre-trained network is fine-tuned in a low rank (Sec. 3.3, Tab. 6)?
+
+    python -m experiments.finetune --data /usr/share/datasets/fashion-mnist
+    python -m experiments.finetune --table       # only the table, and assets/finetune.png
+    python -m experiments.finetune --pretrained PIPELINE --data TREE       # Stable Diffusion
+
+W = W_f + B_g A_g + B_e A_e: W_f is frozen, B_g A_g general, B_e A_e reserved in the decoder. W_f
+has seen the balanced set without its labels; fine-tuning is with labels, on a long-tailed part.
+Options that aren't its own go to cm.py. Columns of results/finetune.csv: trained, the number of
+parameters; FD, recall, accuracy: of `fid.py --features classifier`. "CM, θ_g": without B_e A_e.
+--pretrained: a pipeline in diffusers' format, an image tree; no rows, but samples for fid.py.
+"""
+
+import copy
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import cm
+import fid
+from experiments import common, pretrained
+
+METHODS = {"LoRA r_g": "lora", "LoRA r_g + r_e": "lora-wide", "CM": "cm"}  # name: its directory
+GENERAL = "CM, θ_g"
+SHOWN = {f"FD {s}": 1 for s in ("overall", "Many", "Medium", "Few")} | {
+    "recall Few": 3, "accuracy Few": 3}
+WEIGHT_DECAY, EPOCHS, SAMPLE_STEPS = 1e-6, 100, 50  # the paper's
+OWN = dict(n_max="1000", steps="2500", lr="1e-3")  # options for cm.py
+PIPELINE = dict(dataset="folder", base="ddpm", lr="3e-4")
+UNUSED = "no_cm", "rank_ratio", "seed", "warmup", "compile", "flip"
+
+
+class LoRA(cm.LowRankReserved):
+    """W_f + B_g A_g, where `layer` holds W_f. Being a class of its own it is what stays on inside
+    `cm.general_only`; a cm.LowRankReserved around it adds B_e A_e, and `cm.merge` folds both."""
+
+    def _conv_forward(self, x, weight, bias):  # the layer around calls it, with the whole W
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, weight, bias)
+        return self.layer._conv_forward(x, weight, bias)
+
+
+def add_factors(network, decoder, method, r_g, r_e):
+    """Factorise `network` in place: LoRA of rank r_g where r_g < min(d, k), and inside `decoder`
+    around it CM's B_e A_e of rank r_e, or LoRA of rank r_g + r_e. Other layers stay as they are.
+
+    Raises ValueError unless 0 < r_e < r_g and the decoder has such layers. (Sec. 3.3)"""
+    inside = cm.full_ranks(decoder)
+    if not 0 < r_e < r_g < max(inside.values()):
+        raise ValueError(f"--ranks are {r_g} {r_e}; they must be R_G R_E with 0 < R_E < R_G < "
+                         f"{max(inside.values())}, the decoder's largest full rank")
+    wide = inside if method == "LoRA r_g + r_e" else {}
+    new = {layer: LoRA(layer, r_g + r_e if layer in wide else r_g)
+           for layer, full_rank in cm.full_ranks(network).items() if r_g < full_rank}
+    if method == "CM":
+        new |= {layer: cm.LowRankReserved(new[layer], r_e) for layer in inside if layer in new}
+    cm.replace_modules(network, new)
+
+
+def fine_tune(net, setting, config, path, options):
+    """Train what requires gradients, or go on there; then it holds its moving averages. The
+    checkpoint has it alone, without W_f."""
+    device, kind = setting.data.images.device, cm.precision(config, setting.data.images.device)
+    trained = nn.ParameterList(p for p in net.parameters() if p.requires_grad)
+    ema = copy.deepcopy(trained).requires_grad_(False)
+    parameters, averages = list(trained), list(ema)
+    losses = cm.CapacityManipulation(net, setting.data.counts, config).to(device)
+    losses.alpha_bar.copy_(setting.alpha_bar)
+    adam = torch.optim.AdamW(parameters, config.lr, weight_decay=WEIGHT_DECAY)
+    scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
+
+    def step(i):
+        batch = cm.draw_batch(setting.batches, config, config.batch_size, i)
+        with cm.autocast(kind, device):
+            loss = losses(*batch)[0]
+        cm.update(loss, parameters, averages, adam, scaler, min(config.ema, (1 + i) / (10 + i)))
+        return loss.detach()
+
+    state = dict(trained=trained, ema=ema, adam=adam, scaler=scaler)
+    common.train(step, state, path, config.steps, config.seed, options)
+    trained.load_state_dict(ema.state_dict())
+    net.eval()
+
+
+def samples(setting, method, seed, args, options):
+    """Train and sample, or go on there: ({row's name: .npz}, number of trained parameters)."""
+    directory, device = args.runs / f"{METHODS[method]}-{seed}", setting.data.images.device
+    torch.manual_seed(cm.hashed_seed("weights", seed))
+    net, decoder = setting.network()
+    add_factors(net, decoder, method, *args.ranks)
+    net = cm.lay_out(net, device)
+    config = dataclasses.replace(setting.config, seed=seed, no_cm=method != "CM")
+    fine_tune(net, setting, config, directory / f"{directory.name}.pt", options)
+
+    merged = {method: cm.merge(net)}
+    if method == "CM":
+        with cm.general_only(net):
+            merged[GENERAL] = cm.merge(net)
+    paths = {name: directory / f"{stem}-{args.num_images}.npz"
+             for name, stem in zip(merged, ("samples", "general"), strict=False)}
+    labels = torch.arange(args.num_images) % len(setting.data.names)
+    seeds = [cm.hashed_seed("image", seed, i) for i in range(args.num_images)]  # for all methods
+    for name, path in paths.items():
+        if not path.is_file():
+            images = []
+            for i in tqdm(range(0, args.num_images, setting.sample_batch), f"sampling {path}"):
+                y = labels[i:i + setting.sample_batch]
+                with torch.no_grad(), cm.autocast(cm.precision(config, device), device):
+                    images.append(setting.images(merged[name], y.to(device), SAMPLE_STEPS,
+                                                 seeds[i:i + len(y)]))
+            arrays = dict(arr_0=np.concatenate(images), arr_1=labels.numpy(),
+                          counts=setting.data.counts.cpu().numpy())
+            cm.write_atomically(path, lambda p, arrays=arrays: np.savez(p, **arrays))
+    if args.pretrained:
+        merged[method].unet.save_pretrained(directory / "unet")
+    return paths, sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def study(setting, args, options):
+    """Every run that has no rows yet. Raises ValueError."""
+    kept = f"{options} --num-images {args.num_images}"
+    config, rows = setting.config, common.read_rows(args.rows, kept)
+    done = set() if rows.empty else set(rows[["method", "seed"]].itertuples(index=False, name=None))
+    for seed, method in itertools.product(args.seeds, METHODS):
+        if (method, str(seed)) not in done:
+            paths, trained = samples(setting, method, seed, args, options)
+            new = []
+            for name, path in paths.items():
+                scores = fid.evaluate(path, config.dataset, config.data, features="classifier",
+                                      device=str(setting.data.images.device),
+                                      cache=args.runs / "fid")
+                new.append(dict(method=name, seed=seed, steps=config.steps, trained=trained) | {
+                    f"{value} {split}": scores[split][value]
+                    for value, split in map(str.split, SHOWN)} | dict(options=kept))
+            rows = pd.concat([common.read_rows(args.rows, kept), common.text(new)])
+            common.write_rows(args.rows, rows)
+
+
+def table(rows):
+    """As text: mean ± standard deviation, and CM against each other row, paired by seed."""
+    runs = {name: run.set_index("seed") for name, run in rows.groupby("method")}
+    values, pairs = [], []
+    for name, run in ((name, runs[name]) for name in (*METHODS, GENERAL) if name in runs):
+        values.append({"method": name, "trained": f"{run['trained'].iloc[0]:,.0f}",
+                       "seeds": len(run)} | {
+                           column: common.spread(run[column], n) for column, n in SHOWN.items()})
+        if name != "CM" and "CM" in runs:
+            pairs.append({"difference": f"CM − ({name})"} | {
+                column: common.interval(*common.difference(runs["CM"][column], run[column])[:2], n)
+                for column, n in SHOWN.items()})
+    return "\n\n".join([
+        f"exploratory: {rows['seed'].nunique()} seeds; mean ± standard deviation",
+        common.markdown(values), "paired differences: mean and 95 % interval over seeds",
+        common.markdown(pairs)])
+
+
+def draw(data, args, path, columns=8):
+    """A row a rare class: real images, then each method's of one seed, from the same noise."""
+    few = cm.splits(data.counts.cpu())["Few"]
+    columns = min(columns, args.num_images // len(data.names))
+    panels = {"real": data.first(few, columns)}
+    for method, name in METHODS.items():
+        file = args.runs / f"{name}-{args.seeds[0]}" / f"samples-{args.num_images}.npz"
+        images, labels, _ = fid.read_images(file)
+        panels[method] = torch.cat([images[labels == k][:columns] for k in few])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cm.draw_panels(panels, [f"{data.names[k]}  {data.counts[k]}" for k in few], path)
+
+
+def main(argv=None):
+    parser = common.parser("finetune", __doc__)
+    parser.add_argument("--pretrained", type=Path, help="a Stable Diffusion in diffusers' format")
+    parser.add_argument("--ranks", type=int, nargs=2, metavar=("R_G", "R_E"),
+                        help="[default: 8 2; with --pretrained 128 8]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("--runs", type=Path, default=Path("runs/finetune"))
+    parser.add_argument("--pretrain-steps", type=int, default=6000, help="of cm.py's network")
+    parser.add_argument("--num-images", type=int, default=5000, help="generated images a row")
+    args, flags = parser.parse_known_args(argv)
+    args.ranks = args.ranks or ([128, 8] if args.pretrained else [8, 2])
+    torch.set_num_threads(1)  # results repeat only with the same number of threads
+    try:
+        flags = common.with_defaults(flags, **(PIPELINE if args.pretrained else OWN))
+        config, typed = cm.parse(flags)
+        for f in dataclasses.fields(config):
+            if f.name in typed and f.name != "guidance" and (
+                    f.name in UNUSED or f.metadata["group"] in ("network", "run", "sampling")):
+                raise ValueError(f"--{f.name.replace('_', '-')} has no meaning here")
+        config = dataclasses.replace(config.resolved(), flip=False)  # latents can't be flipped
+        cm.check(args.num_images >= 100, "num_images", args.num_images, "at least 100")
+        cm.check(args.pretrain_steps >= 1, "pretrain_steps", args.pretrain_steps, "at least 1")
+        cm.check(min(args.seeds) >= 0, "seeds", min(args.seeds), "at least 0")
+        options = common.settings([*flags, "--ranks", *map(str, args.ranks),
+                                   "--pretrain-steps", str(args.pretrain_steps)])
+        if args.pretrained:
+            cm.check(not args.table, "table", True, "given without --pretrained, which has no rows")
+            args.runs /= args.pretrained.resolve().name
+            setting = pretrained.StableDiffusion(args.pretrained, config, args.runs)
+            if "steps" not in typed:
+                setting.config.steps = setting.steps(EPOCHS)
+            for seed, method in itertools.product(args.seeds, METHODS):
+                for path in samples(setting, method, seed, args, options)[0].values():
+                    pretrained.draw_grid(path)
+                    print(f"python fid.py {path} --dataset folder --data {config.data}")
+            draw(setting.data, args, args.runs / "finetune.png")
+            return 0
+        if not args.table:
+            unet = cm.make_unet(dataclasses.replace(config, no_cm=True), 10, 1)
+            add_factors(unet, unet.decoder, "CM", *args.ranks)  # for its checks
+            study(pretrained.Unlabelled(config, args.runs / "pretrained", args.pretrain_steps),
+                  args, options)
+        print(table(common.numbers(common.read_table(args.rows), ("method", "options"))))
+        if (args.runs / f"cm-{args.seeds[0]}" / f"samples-{args.num_images}.npz").is_file():
+            draw(cm.Data(config), args, args.assets / "finetune.png")
+        return 0
+    except (ValueError, OSError, ImportError) as e:
+        cm.fail(e)
+    except FloatingPointError as e:
+        sys.exit(f"finetune: {e}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
