@@ -33,7 +33,7 @@ GENERAL = "CM, θ_g"
 SHOWN = {f"FD {s}": 1 for s in ("overall", "Many", "Medium", "Few")} | {
     "recall Few": 3, "accuracy Few": 3}
 WEIGHT_DECAY, EPOCHS, SAMPLE_STEPS = 1e-6, 100, 50  # the paper's
-OWN = dict(n_max="1000", steps="2500", lr="1e-3")  # options for cm.py
+OWN = dict(n_max="1000", steps="3000")  # options for cm.py
 PIPELINE = dict(dataset="folder", base="ddpm", lr="3e-4")
 UNUSED = "no_cm", "rank_ratio", "seed", "warmup", "compile", "flip"
 
@@ -124,24 +124,28 @@ def samples(setting, method, seed, args, options):
     return paths, sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
-def study(setting, args, options):
+def study(config, args, options):
     """Every run that has no rows yet. Raises ValueError."""
     kept = f"{options} --num-images {args.num_images}"
-    config, rows = setting.config, common.read_rows(args.rows, kept)
+    rows = common.read_rows(args.rows, kept)
     done = set() if rows.empty else set(rows[["method", "seed"]].itertuples(index=False, name=None))
-    for seed, method in itertools.product(args.seeds, METHODS):
-        if (method, str(seed)) not in done:
-            paths, trained = samples(setting, method, seed, args, options)
-            new = []
-            for name, path in paths.items():
-                scores = fid.evaluate(path, config.dataset, config.data, features="classifier",
-                                      device=str(setting.data.images.device),
-                                      cache=args.runs / "fid")
-                new.append(dict(method=name, seed=seed, steps=config.steps, trained=trained) | {
-                    f"{value} {split}": scores[split][value]
-                    for value, split in map(str.split, SHOWN)} | dict(options=kept))
-            rows = pd.concat([common.read_rows(args.rows, kept), common.text(new)])
-            common.write_rows(args.rows, rows)
+    missing = [(seed, method) for seed, method in itertools.product(args.seeds, METHODS)
+               if (method, str(seed)) not in done]
+    if missing:
+        unet = cm.make_unet(dataclasses.replace(config, no_cm=True), 10, 1)
+        add_factors(unet, unet.decoder, "CM", *args.ranks)  # for its checks
+        setting = pretrained.Unlabelled(config, args.runs / "pretrained", args.pretrain_steps)
+    for seed, method in missing:
+        paths, trained = samples(setting, method, seed, args, options)
+        new = []
+        for name, path in paths.items():
+            scores = fid.evaluate(path, config.dataset, config.data, features="classifier",
+                                  device=str(setting.data.images.device), cache=args.runs / "fid")
+            new.append(dict(method=name, seed=seed, steps=config.steps, trained=trained) | {
+                f"{value} {split}": scores[split][value]
+                for value, split in map(str.split, SHOWN)} | dict(options=kept))
+        rows = pd.concat([common.read_rows(args.rows, kept), common.text(new)])
+        common.write_rows(args.rows, rows)
 
 
 def table(rows):
@@ -213,10 +217,7 @@ def main(argv=None):
             draw(setting.data, args, args.runs / "finetune.png")
             return 0
         if not args.table:
-            unet = cm.make_unet(dataclasses.replace(config, no_cm=True), 10, 1)
-            add_factors(unet, unet.decoder, "CM", *args.ranks)  # for its checks
-            study(pretrained.Unlabelled(config, args.runs / "pretrained", args.pretrain_steps),
-                  args, options)
+            study(config, args, options)
         print(table(common.numbers(common.read_table(args.rows), ("method", "options"))))
         if (args.runs / f"cm-{args.seeds[0]}" / f"samples-{args.num_images}.npz").is_file():
             draw(cm.Data(config), args, args.assets / "finetune.png")

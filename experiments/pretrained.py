@@ -32,7 +32,7 @@ class Unlabelled:
         before = cm.Config(
             dataset=config.dataset, data=config.data, device=config.device, ir=1.0, flip=False,
             unconditional=True, no_cm=True, steps=steps, out=str(out),
-            resume=(out / "config.json").is_file()).resolved()
+            resume=(out / "checkpoint.pt").is_file()).resolved()
         stopped_by = cm.train(before, set(cm.stored_options(before)) - {"data"})
         if stopped_by:
             sys.exit(stopped_by)

@@ -225,7 +225,7 @@ def kills_at(call, update=cm.update):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(cm.PRESETS, "small", cm.PRESETS["small"] | SMALL)
-    monkeypatch.setattr(cm, "draw_shapes", lambda *_: FEW_SHAPES)
+    monkeypatch.setattr(cm, "draw_shapes", lambda *_, **__: FEW_SHAPES)
     monkeypatch.setattr(fid, "evaluate", fake_scores)
 
 
@@ -263,21 +263,22 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
     assert ft.main([*ARGS, "--table"]) == 0 and capsys.readouterr().out == out
     monkeypatch.setattr(cm, "update", None)  # nothing is trained or measured again
     monkeypatch.setattr(fid, "evaluate", None)
-    assert ft.main(ARGS) == 0
-    capsys.readouterr()
-    for other, says in (("--pretrain-steps 1", "is at step 2 already"), ("--lr 1", "other options"),
-                        ("--num-images 200", "other options"), ("--ranks 5 2", "other options")):
+    assert ft.main(ARGS) == 0 and capsys.readouterr().out == out
+    for other, says in (("--lr 1", "other options"), ("--num-images 200", "other options"),
+                        ("--ranks 5 2", "other options"), ("--seeds 6 --lr 1", "other options"),
+                        ("--rows new.csv --pretrain-steps 1", "is at step 2 already"),
+                        ("--rows new.csv --lr 1", "lora-5.pt is no checkpoint to go on from")):
         with pytest.raises(SystemExit) as stopped:
             ft.main([*ARGS, *other.split()])
-        err = capsys.readouterr().err
-        assert stopped.value.code == 2 and len(err.splitlines()) == 1, err
-        assert "other options" in err or says in err
+        err = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and says in err[-1]
+        assert len(err) == 1 or "new.csv" in other, err  # the latter has shown progress
 
 
 @pytest.mark.parametrize("arguments, says", [
     ("--num-images 9", "--num-images"), ("--seeds -1", "--seeds"), ("--seeds x", "invalid int"),
     ("--pretrain-steps 0", "--pretrain-steps"), ("--ranks 2 8", "--ranks are 2 8"),
-    ("--ranks 32 8", "below 32"), ("--ranks 8", "expected 2"), ("--data none", "none"),
+    ("--ranks 32 8", "R_G < 32"), ("--ranks 8", "expected 2"), ("--data none", "none"),
     ("--rank-ratio 0.1", "--rank-ratio has no meaning"), ("--warmup 9", "--warmup has no meaning"),
     ("--channels 8", "--channels has no meaning"), ("--no-cm", "--no-cm has no meaning"),
     ("--sampler dpm", "--sampler has no meaning"), ("--table", "has no rows"),
