@@ -15,7 +15,6 @@ import itertools
 import math
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -215,7 +214,7 @@ def draw(rows, path):
 
 
 def main(argv=None):
-    parser = common.parser("classification", __doc__)
+    parser = common.parser("classification", __doc__, seeds=range(10, 15))
     parser.add_argument("--dataset", choices=[d for d in cm.DATASETS if d != "folder"],
                         default="fashion")
     parser.add_argument("--data", help="where it lies [default: data]")
@@ -225,8 +224,6 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--bases", choices=classifiers.BASES, nargs="+",
                         default=["CE", "LDAM", "LA"], help="DRW: deferred re-weighting")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
-    parser.add_argument("--runs", type=Path, default=Path("runs/classification"))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads
     try:

@@ -5,6 +5,7 @@ It has no command line. The scripts import this file, never each other.
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import re
 import shutil
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import cm
+import fid
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parent / "assets"
@@ -96,6 +98,19 @@ def with_defaults(flags, **defaults):
     return flags
 
 
+def configured(flags, unused, used=(), **defaults):
+    """(options for cm.py as `with_defaults` gives them, their Config, the names typed).
+
+    unused: options, or groups of them, that mean nothing to the caller, but for those in `used`.
+    Raises ValueError where one of them was typed, or cm.py would."""
+    flags = with_defaults(flags, **defaults)
+    config, typed = cm.parse(flags)
+    for field in dataclasses.fields(config):
+        if {field.name, field.metadata["group"]} & set(unused) and field.name in typed - set(used):
+            raise ValueError(f"--{field.name.replace('_', '-')} has no meaning here")
+    return flags, config.resolved(), typed
+
+
 def settings(flags):
     """The options that all rows of a table share, as text: in order, and not where the data lie."""
     options = re.split(" (?=--)", " ".join(flags))
@@ -158,6 +173,12 @@ def checkpoint_at(steps, flags, directory, before):
     return path
 
 
+def save_samples(path, images, labels, counts):
+    """An .npz as cm.py --sample writes it, for fid.py: uint8 images [N, H, W, C], labels [N]."""
+    cm.write_atomically(path, lambda temporary: np.savez(
+        temporary, arr_0=images, arr_1=labels, counts=counts))
+
+
 # ------------------------------------------------------------------------------------------------
 # Statistics, tables, pictures
 
@@ -186,7 +207,10 @@ def holm(p_values):
 
 
 def interval(mean, half, digits=2):
-    """A difference as a table shows it: "-10.71 [-13.03, -8.38]", or the mean where half is nan."""
+    """A difference as a table shows it: "-10.71 [-13.03, -8.38]", the mean alone where half is nan,
+    "–" where the mean is."""
+    if np.isnan(mean):
+        return "–"
     shown = f"{mean:+.{digits}f}"
     if np.isnan(half):
         return shown
@@ -215,8 +239,19 @@ def save(figure, path):
     cm.write_atomically(path, lambda p: figure.savefig(p, dpi=130))
 
 
-def parser(name, doc, rows=True):
-    """A parser whose errors are one line and status 2; rows: with what every script of rows has."""
+def draw_samples(data, files, classes, path, columns=8):
+    """A row a class of cm.Data: real images, then those of each .npz of `files`, {title: path}."""
+    panels = {"real": data.first(classes, columns)}
+    for title, file in files.items():
+        images, labels, _ = fid.read_images(file)
+        panels[title] = torch.cat([images[labels == k][:columns] for k in classes])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cm.draw_panels(panels, [f"{data.names[k]}  {data.counts[k]}" for k in classes], path)
+
+
+def parser(name, doc, rows=True, seeds=()):
+    """A parser whose errors are one line and status 2; rows: with what every script of rows has;
+    seeds: the default of --seeds, for scripts that train networks of their own, in --runs."""
     new = argparse.ArgumentParser(prog=name, description=doc, allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     new.error = cm.fail
@@ -226,6 +261,10 @@ def parser(name, doc, rows=True):
         new.add_argument("--assets", type=Path, default=ASSETS, help="where pictures go")
         new.add_argument("--table", action="store_true",
                          help="run nothing; show the table and draw the picture of the rows")
+    if seeds:
+        new.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+        new.add_argument("--runs", type=Path, default=Path("runs") / name,
+                         help="where checkpoints and samples lie")
     return new
 
 

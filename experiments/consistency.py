@@ -15,9 +15,7 @@ import copy
 import dataclasses
 import math
 import sys
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -33,7 +31,8 @@ MIDDLE = 0.8  # sigma at which the second step starts
 METHODS = {"CT": True, "CM": False}  # name: no_cm
 SPLITS = ("overall", "Many", "Medium", "Few")
 TENTHS = range(1, 11)
-UNUSED = "unconditional", "no_cm", "base", "cbdm_prior", "seed", "amp", "compile"  # cm.py's options
+UNUSED = ("unconditional", "no_cm", "base", "cbdm_prior", "seed", "amp", "compile", "run",
+          "sampling")  # of cm.py's options
 
 
 def schedule(k, steps):
@@ -175,9 +174,8 @@ def measure(method, config, data, directory, num_images, options):
         parts = [sample(network, labels[i:i + 250].to(device), data.images.shape[1:], steps,
                         sigma_data, seeds[i:i + 250]) for i in range(0, num_images, 250)]
         images = cm.to_uint8(torch.cat(parts)).permute(0, 2, 3, 1).cpu().numpy()
-        arrays = dict(arr_0=images, arr_1=labels.numpy(), counts=data.counts.cpu().numpy())
         path = directory / f"samples-{steps}.npz"
-        cm.write_atomically(path, lambda p, arrays=arrays: np.savez(p, **arrays))
+        common.save_samples(path, images, labels, data.counts.cpu())
         scores = fid.evaluate(path, config.dataset, config.data, features="classifier",
                               device=str(device), cache=directory.parent / "fid")
         rows.append({"method": method, "seed": config.seed, "steps": config.steps,
@@ -220,41 +218,26 @@ def table(rows):
         common.markdown(pairs), "|λ L_CM| over itself plus the base loss", common.markdown(shares)])
 
 
-def draw(config, seed, runs, path, columns=8):
-    """A row a class: real images, then one-step samples of a seed."""
-    data = cm.Data(config)
-    panels = {"real": data.first(range(len(data.names)), columns)}
-    for method in METHODS:
-        images, labels, _ = fid.read_images(runs / f"{method}-{seed}" / "samples-1.npz")
-        panels[f"{method}, one step"] = torch.cat([images[labels == k][:columns]
-                                                   for k in range(len(data.names))])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = [f"{name}  {n}" for name, n in zip(data.names, data.counts, strict=True)]
-    cm.draw_panels(panels, names, path)
-
-
 def main(argv=None):
-    parser = common.parser("consistency", __doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
-    parser.add_argument("--runs", type=Path, default=Path("runs/consistency"))
+    parser = common.parser("consistency", __doc__, seeds=(10, 11, 12))
     parser.add_argument("--num-images", type=int, default=5000, help="generated images a row")
     args, flags = parser.parse_known_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads
     try:
-        flags = common.with_defaults(flags, n_max="1000", steps="6000", warmup="100")
-        config, typed = cm.parse(flags)
-        for f in dataclasses.fields(config):
-            if f.name in typed and (f.name in UNUSED or f.metadata["group"] in ("run", "sampling")):
-                raise ValueError(f"--{f.name.replace('_', '-')} has no meaning here")
-        config = config.resolved()
+        flags, config, _ = common.configured(flags, UNUSED, n_max="1000", steps="6000",
+                                             warmup="100")
         if min(args.seeds) < 0 or args.num_images < 100:
             raise ValueError("--seeds must be at least 0, --num-images at least 100")
         if not args.table:
             study(args.rows, args.runs, config, common.settings(flags), args.seeds, args.num_images)
         rows = common.numbers(common.read_table(args.rows), ("method", "options"))
         print(table(rows))
-        if (args.runs / f"CM-{args.seeds[0]}" / "samples-2.npz").is_file():  # drawn last
-            draw(config, args.seeds[0], args.runs, args.assets / "consistency.png")
+        files = {f"{method}, one step": args.runs / f"{method}-{args.seeds[0]}" / "samples-1.npz"
+                 for method in METHODS}
+        if all(path.is_file() for path in files.values()):
+            data = cm.Data(config)
+            common.draw_samples(data, files, range(len(data.names)),
+                                args.assets / "consistency.png")
         return 0
     except (ValueError, OSError) as e:
         cm.fail(e)

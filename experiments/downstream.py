@@ -37,7 +37,8 @@ SHOWN = ("precision", "recall", "recall Many", "recall Medium", "recall Few")
 LABELS = ("label accuracy", "label accuracy Few")
 KEY = ["setting", "guidance", "seed"]
 WORDS = ("setting", "options")
-UNUSED = "unconditional", "no_cm", "resample", "base", "cbdm_prior", "seed", "amp", "compile"
+UNUSED = ("unconditional", "no_cm", "resample", "base", "cbdm_prior", "seed", "amp", "compile",
+          "run", "sampling")  # of cm.py's options
 PAPER = {"CM − DDPM": "+2.50, +4.44", "CM − real images": "+5.98, +9.53",  # Tab. G.8, points:
          "DDPM − real images": "+3.48, +5.09"}  # differences in precision and in recall
 
@@ -211,11 +212,9 @@ def draw(rows, path):
 
 
 def main(argv=None):
-    parser = common.parser("downstream", __doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
+    parser = common.parser("downstream", __doc__, seeds=range(10, 15))
     parser.add_argument("--generator-seeds", type=int, nargs="+", default=[11, 12])
     parser.add_argument("--generators", type=Path, default=Path("runs/study"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/downstream"))
     parser.add_argument("--samples", type=Path, nargs="+", default=[], metavar="NPZ")
     parser.add_argument("--sampler", choices=["ddim", "dpm"], default="dpm")
     parser.add_argument("--network", choices=list(classifiers.NETWORKS), default="small")
@@ -223,11 +222,8 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads
     try:
-        flags = common.with_defaults(flags, n_max="1000", steps="6000", warmup="100")
-        config, typed = cm.parse(flags)
-        for f in dataclasses.fields(config):
-            if f.name in typed and (f.name in UNUSED or f.metadata["group"] in ("run", "sampling")):
-                raise ValueError(f"--{f.name.replace('_', '-')} has no meaning here")
+        flags, config, _ = common.configured(flags, UNUSED, n_max="1000", steps="6000",
+                                             warmup="100")
         names = [*ALONE, *GENERATORS, *(path.stem for path in args.samples)]
         if len(set(names)) < len(names):
             raise ValueError(f"--samples: names must differ, also from {', '.join(names[:6])}")
@@ -235,7 +231,7 @@ def main(argv=None):
             least = np.min(getattr(args, name))
             cm.check(least >= (name == "classifier_steps"), name, least, "larger")
         if not args.table:
-            study(args, config.resolved(), flags)
+            study(args, config, flags)
         rows = common.numbers(common.read_table(args.rows), WORDS)
         print(table(rows))
         draw(rows, args.assets / "downstream.png")

@@ -35,7 +35,7 @@ SHOWN = {f"FD {s}": 1 for s in ("overall", "Many", "Medium", "Few")} | {
 WEIGHT_DECAY, EPOCHS, SAMPLE_STEPS = 1e-6, 100, 50  # the paper's
 OWN = dict(n_max="1000", steps="3000")  # options for cm.py
 PIPELINE = dict(dataset="folder", base="ddpm", lr="3e-4")
-UNUSED = "no_cm", "rank_ratio", "seed", "warmup", "compile", "flip"
+UNUSED = "no_cm", "rank_ratio", "seed", "warmup", "compile", "flip", "network", "run", "sampling"
 
 
 class LoRA(cm.LowRankReserved):
@@ -116,9 +116,7 @@ def samples(setting, method, seed, args, options):
                 with torch.no_grad(), cm.autocast(cm.precision(config, device), device):
                     images.append(setting.images(merged[name], y.to(device), SAMPLE_STEPS,
                                                  seeds[i:i + len(y)]))
-            arrays = dict(arr_0=np.concatenate(images), arr_1=labels.numpy(),
-                          counts=setting.data.counts.cpu().numpy())
-            cm.write_atomically(path, lambda p, arrays=arrays: np.savez(p, **arrays))
+            common.save_samples(path, np.concatenate(images), labels, setting.data.counts.cpu())
     if args.pretrained:
         merged[method].unet.save_pretrained(directory / "unet")
     return paths, sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -169,36 +167,26 @@ def table(rows):
 def draw(data, args, path, columns=8):
     """A row a rare class: real images, then each method's of one seed, from the same noise."""
     few = cm.splits(data.counts.cpu())["Few"]
+    files = {method: args.runs / f"{name}-{args.seeds[0]}" / f"samples-{args.num_images}.npz"
+             for method, name in METHODS.items()}
     columns = min(columns, args.num_images // len(data.names))
-    panels = {"real": data.first(few, columns)}
-    for method, name in METHODS.items():
-        file = args.runs / f"{name}-{args.seeds[0]}" / f"samples-{args.num_images}.npz"
-        images, labels, _ = fid.read_images(file)
-        panels[method] = torch.cat([images[labels == k][:columns] for k in few])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cm.draw_panels(panels, [f"{data.names[k]}  {data.counts[k]}" for k in few], path)
+    common.draw_samples(data, files, few, path, columns)
 
 
 def main(argv=None):
-    parser = common.parser("finetune", __doc__)
+    parser = common.parser("finetune", __doc__, seeds=(10, 11, 12))
     parser.add_argument("--pretrained", type=Path, help="a Stable Diffusion in diffusers' format")
     parser.add_argument("--ranks", type=int, nargs=2, metavar=("R_G", "R_E"),
                         help="[default: 8 2; with --pretrained 128 8]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
-    parser.add_argument("--runs", type=Path, default=Path("runs/finetune"))
     parser.add_argument("--pretrain-steps", type=int, default=6000, help="of cm.py's network")
     parser.add_argument("--num-images", type=int, default=5000, help="generated images a row")
     args, flags = parser.parse_known_args(argv)
     args.ranks = args.ranks or ([128, 8] if args.pretrained else [8, 2])
     torch.set_num_threads(1)  # results repeat only with the same number of threads
     try:
-        flags = common.with_defaults(flags, **(PIPELINE if args.pretrained else OWN))
-        config, typed = cm.parse(flags)
-        for f in dataclasses.fields(config):
-            if f.name in typed and f.name != "guidance" and (
-                    f.name in UNUSED or f.metadata["group"] in ("network", "run", "sampling")):
-                raise ValueError(f"--{f.name.replace('_', '-')} has no meaning here")
-        config = dataclasses.replace(config.resolved(), flip=False)  # latents can't be flipped
+        flags, config, typed = common.configured(flags, UNUSED, ["guidance"],
+                                                 **(PIPELINE if args.pretrained else OWN))
+        config = dataclasses.replace(config, flip=False)  # latents can't be flipped
         cm.check(args.num_images >= 100, "num_images", args.num_images, "at least 100")
         cm.check(args.pretrain_steps >= 1, "pretrain_steps", args.pretrain_steps, "at least 1")
         cm.check(min(args.seeds) >= 0, "seeds", min(args.seeds), "at least 0")

@@ -270,7 +270,7 @@ def test_tables_at_numbers_worked_by_hand():
     # 1 and 3 points: 2 ± 12.706
     assert lines["CM, guidance 0 − DDPM, guidance 0"][1] == "+2.0 [-10.7, +14.7]"
     assert lines["CM, guidance 0 − DDPM, guidance 0"][-1] == "+2.50, +4.44"
-    assert lines["LA − real images"][1:] == ["+9.0 [-3.7, +21.7]", "+nan", ""]
+    assert lines["LA − real images"][1:] == ["+9.0 [-3.7, +21.7]", "–", ""]
     assert lines["DDPM, guidance 0 − real images"][-1] == "+3.48, +5.09"
     assert lines["CM, guidance 1 − real images"][-1] == "+5.98, +9.53"
     assert "CM, guidance 1 − DDPM, guidance 1" not in lines

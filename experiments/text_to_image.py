@@ -13,7 +13,6 @@ the best to be expected of either method.
 import copy
 import functools
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -314,15 +313,13 @@ def table(rows):
 
 
 def main(argv=None):
-    parser = common.parser("text_to_image", __doc__)
+    parser = common.parser("text_to_image", __doc__, seeds=(10, 11, 12))
     for name, default, text in (("n-max", 1000, "images in the largest class"),
                                 ("steps", 5000, "training steps of a network"),
                                 ("vae-steps", 3000, "of the autoencoder"),
                                 ("num-images", 100, "generated images a class"),
                                 ("ir", 100.0, "imbalance ratio")):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
-    parser.add_argument("--runs", type=Path, default=Path("runs/text_to_image"))
     parser.add_argument("--prompt", help="draw this into RUNS/prompt.png, and do nothing else")
     args = parser.parse_args(argv)
     try:
