@@ -108,6 +108,15 @@ def test_class_counts_are_the_published_ones():
     assert (ten[0], ten[-1], sum(ten)) == (5000, 50, 12406)
     assert sum(cm.class_counts(500, 100, 100)) == 10847
     assert cm.class_counts(7, 1, 3) == [7, 7, 7]
+    assert cm.class_counts(9, 9, 2) == [9, 1]
+    for counts, says in (
+        ((9, 9, 1), "at least two classes, not 1"),
+        ((9, 0.9, 2), "ratio is 0.9; it must be at least 1"),
+        ((9, math.nan, 2), "ratio is nan"),
+        ((9.5, 20, 3), "smallest class empty; with 9 images in the largest, 9 is the most"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            cm.class_counts(*counts)
 
 
 def test_long_tail_indices_follow_the_published_procedure():
@@ -118,7 +127,7 @@ def test_long_tail_indices_follow_the_published_procedure():
         index = np.where(labels == c)[0]
         np.random.shuffle(index)
         expected.extend(index[: int(60 * 0.05 ** (c / 9.0))])
-    assert cm.long_tail_indices(labels, 20).tolist() == expected
+    assert cm.long_tail_indices(labels.tolist(), 20).tolist() == expected
     assert cm.long_tail_indices(labels, 1).tolist() == list(range(600))
     few = cm.long_tail_indices(labels, 20, n_max=30)  # the same order, fewer of each
     for c in range(10):
@@ -130,6 +139,8 @@ def test_long_tail_indices_follow_the_published_procedure():
     assert np.bincount(labels[cm.long_tail_indices(labels, 1, n_max=7)]).tolist() == [7] * 10
     uneven = np.repeat([0, 1, 2], [50, 30, 40])
     assert np.bincount(uneven[cm.long_tail_indices(uneven, 10)]).tolist() == [30, 9, 3]
+    with pytest.raises(ValueError, match="--n-max 35 asks for 31 images of class 1, which has 30"):
+        cm.long_tail_indices(uneven, 1.2, n_max=35)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +326,13 @@ def test_batches_are_drawn_by_frequency_to_the_power_q():
         assert (own == image).flatten(1).all(1).any() or (own.flip(3) == image).flatten(1).all(
             1
         ).any()
+
+
+def test_to_uint8_is_the_inverse_of_to_float_and_clips():
+    every = torch.arange(256, dtype=torch.uint8)
+    x = cm.to_float(every)
+    assert (x[0], x[255]) == (-1, 1) and torch.equal(cm.to_uint8(x), every)
+    assert cm.to_uint8(torch.tensor([-2.0, -1.01, 1.01, 2])).tolist() == [0, 0, 255, 255]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1475,9 +1493,9 @@ def test_draw_batch_draws_what_it_says():
     facing = torch.tensor([own[0][1] for own in found if len({f for _, f in own}) == 1])
     assert len(facing) > 0.9 * n and share_is(facing, 0.5)
     drawn = torch.bincount(torch.tensor([own[0][0] for own in found]), minlength=len(data.labels))
-    rarest = drawn[-10:].double()  # ten images, equally often
-    chi_square = (rarest - rarest.mean()).square().sum() / rarest.mean()
-    assert abs(float(chi_square) - 9) < 5 * math.sqrt(2 * 9)
+    for same in (drawn[:1000].double(), drawn[-10:].double()):  # a class's images, equally often
+        chi_square, free = (same - same.mean()).square().sum() / same.mean(), len(same) - 1
+        assert abs(float(chi_square) - free) < 5 * math.sqrt(2 * free)
 
     still = config(dataset="shapes", flip=False, label_drop=0.0)
     x0, y, _, _, y_in = cm.draw_batch(data, still, 2000, step=1)
@@ -1486,7 +1504,7 @@ def test_draw_batch_draws_what_it_says():
     assert all(share_is(y == k, p) for k, p in enumerate((data.counts / len(data.labels)).tolist()))
 
 
-def test_data_is_the_long_tailed_set_sorted_by_class(tmp_path):
+def test_data_is_the_long_tailed_set_sorted_by_class(tmp_path, fashion):
     images, labels = cm.draw_shapes(1000, 8, seed=0)
     for c in (config(dataset="shapes", ir=20, n_max=60), config(dataset="shapes", ir=1)):
         data = cm.Data(c)
@@ -1496,6 +1514,14 @@ def test_data_is_the_long_tailed_set_sorted_by_class(tmp_path):
         assert data.labels.tolist() == labels[chosen].tolist() and data.names == list(cm.SHAPES)
         assert data.counts.tolist() == np.bincount(labels[chosen]).tolist()
         assert data.counts.tolist()[0] == (c.n_max or 1000)
+    mixed, labels, _ = cm.load_dataset("fashion", fashion, 8)  # its classes take turns
+    for c in (config(dataset="fashion", data=str(fashion), ir=ir) for ir in (1, 10)):
+        sets = cm.Data(c)
+        assert sets.labels.tolist() == sorted(sets.labels.tolist())
+        for k in range(10):
+            own = sets.images[sets.labels == k].permute(0, 2, 3, 1).numpy()
+            chosen = [i for i in cm.long_tail_indices(labels, c.ir) if labels[i] == k]
+            assert (own == mixed[chosen]).all()
     held_out, held_out_labels = cm.draw_shapes(64, 8, seed=1)
     assert (data.held_out.permute(0, 2, 3, 1).numpy() == held_out).all()
     assert data.held_out_labels.tolist() == held_out_labels.tolist()
@@ -1505,6 +1531,13 @@ def test_data_is_the_long_tailed_set_sorted_by_class(tmp_path):
     assert alone.held_out_name == "TRAINING images" and alone.labels.tolist() == [0, 0, 0, 1, 1]
     assert torch.equal(alone.held_out, alone.images)
     assert torch.equal(alone.held_out_labels, alone.labels)
+
+
+def test_the_first_images_of_a_class_begin_again_where_there_are_few():
+    data = cm.Data(config(dataset="shapes", ir=20, n_max=60))
+    two, nine = (data.images[data.labels == k] for k in (2, 9))
+    assert len(nine) == 3 and len(two) > 5
+    assert torch.equal(data.first([9, 2], 5), torch.cat([nine, nine[:2], two[:5]]))
 
 
 def unet_by_hand(w, x, t, y):
