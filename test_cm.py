@@ -1428,6 +1428,46 @@ def test_replay_of_two_processes(tmp_path):
     assert_trained_as(out, c, replay(c, world=2))
 
 
+def test_log_has_means_since_its_last_row_and_is_cut_on_resume(tmp_path):
+    path, counts = tmp_path / "log.csv", torch.tensor([4, 9, 2, 1])
+    log = cm.Log(path, counts, "cpu")
+    log.start(0)
+    groups = {"1": [1], "0": [0], "2": [2], "3": [3], "Many": [1], "Medium": [0], "Few": [2, 3]}
+    columns = [f"{value}_{group}" for value in ("base", "d") for group in groups]
+    header = ",".join(["step", "lr", "loss", "base", "cm", "grad_norm", *columns]) + "\n"
+    assert path.read_text() == header
+    first = [  # y, loss, base, cm, d, gradient norm (not finite where float16 skips the step)
+        ([1, 2, 2], 4.0, [1.0, 2.0, 6.0], [0.5, 0.5, 2.0], [0.1, 0.2, 0.6], 5.0),
+        ([3, 1, 2], 8.0, [7.0, 3.0, 1.0], [0.0, 6.0, 3.0], [0.7, 0.3, 0.1], math.inf),
+    ]
+    second = [([0, 0, 0], 1.0, [1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [1.0, 1.0, 4.0], 2.0)]
+    for step, lr, batches in ((2, 0.25, first), (3, 0.5, second)):
+        for values in batches:
+            log.add(*map(torch.tensor, values))
+        log.write(step, lr, *log.summed())
+        log.clear()
+    with open(path, newline="") as f:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    nan = math.nan
+    base, d = [2, nan, 3, 7, 2, nan, 4], [0.2, nan, 0.3, 0.7, 0.2, nan, 0.4]
+    none = [nan, 2, nan, nan, nan, 2, nan]
+    for row, values in zip(
+        rows,
+        ([2, 0.25, 6, 10 / 3, 2, 2.5, *base, *d], [3, 0.5, 1, 2, 0, 2, *none, *none]),
+        strict=True,
+    ):
+        assert list(row.values()) == pytest.approx(values, rel=1e-5, nan_ok=True)
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole) + "4,0.5")  # killed while it wrote a row
+    log.start(2)
+    assert path.read_text() == "".join(whole[:2])
+    log.start(0)
+    assert path.read_text() == header
+    path.unlink()
+    log.start(2)
+    assert path.read_text() == header
+
+
 @pytest.mark.parametrize("ending", ["finished", "SIGINT", "SIGTERM", "not finite"])
 def test_handlers_are_restored_however_training_ends(tmp_path, no_pictures, monkeypatch, ending):
     def mine(number, frame):
