@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,7 +186,8 @@ def test_merged_logits_are_the_factorised_ones_in_eval_mode():
 
 
 def test_theta_g_gets_statistics_of_its_own():
-    net, *_ = tiny(b=0.3)
+    net, x, _ = tiny(b=0.3)
+    net(x)  # theta's statistics, which don't count
     net.eval()
     images = torch.randint(256, (90, 1, 16, 16), dtype=torch.uint8)
     before = statistics(net)
@@ -366,7 +368,7 @@ def test_tables_at_numbers_worked_by_hand():
         rows += [row("test", "CE", None, seed, 0.5),
                  row("test", "LA", None, seed, 0.6 + seed / 1e3),
                  row("test", "LA", best, seed, 0.6 + 3 * seed / 1e3) | {"general Few": 0.25}]
-    text = cls.table(rows_of(rows))
+    text = cls.table(rows_of(rows[19:] + rows[:19]))
     lines = {line.split("|")[1].strip() + line.split("|")[2].strip(): line
              for line in text.splitlines() if "|" in line}
     assert "25.00 ± 0.00" in lines["LA + CM2"] and "63.15 ± 0.21" in lines["LA + CM2"]
@@ -380,6 +382,34 @@ def test_tables_at_numbers_worked_by_hand():
     assert "65.00" in lines["plain"] and text.count("60.00") == 16
     rows[0]["options"] = "--ir 200.0"
     assert cls.papers(rows_of(rows))["CE"][3] == 36.56
+
+
+def test_what_is_trained_and_for_how_long(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fit(*args, **how):
+        calls.append((args, how))
+        raise FloatingPointError("x: the loss is not finite at step 9")
+
+    monkeypatch.setattr(classifiers, "fit", fit)
+    images = classifiers.Images(torch.zeros(300, 1, 16, 16, dtype=torch.uint8),
+                                torch.tensor([0] * 200 + [1] * 100))
+    key = dict(zip(cls.KEY, ("test", "LA", *HOW, 5), strict=True))
+    for dataset, augment in (("fashion", False), ("cifar100", True)):
+        args = SimpleNamespace(epochs=3, dataset=dataset, network="small", runs=tmp_path)
+        found = cls.measure(args, key, HOW, (images, images, ["a", "b"]), "options")
+        assert found["status"] == "not finite at step 9" and found["options"] == "options"
+        (network, training, counts, base, seed, steps, path, options, how), more = calls[-1]
+        assert (network, base, seed, how, options) == ("small", "LA", 5, HOW, "options")
+        assert training is images and counts.tolist() == [200, 100] and path.parent == tmp_path
+        assert steps == 8 and more == {"augment": augment}  # 3 * 300 / 128 = 7.03
+    monkeypatch.setattr(cls, "study", lambda args: calls.append(args))
+    for dataset, n_max in (("fashion", 1000), ("cifar100", None)):
+        with pytest.raises(SystemExit):
+            cls.main(["--dataset", dataset, "--rows", str(tmp_path / "none.csv")])
+        assert calls[-1].n_max == n_max and calls[-1].ir == 100 and calls[-1].seeds == [
+            10, 11, 12, 13, 14]
+        assert isinstance(calls[-1].ir, float)  # as when it is typed: it is in the rows' options
 
 
 def kills_at(call, losses=classifiers.losses):
@@ -398,7 +428,10 @@ def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
         shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cls, "CANDIDATES", [HOW, classifiers.How("softmax", 1e-3, 0.1)])
     monkeypatch.setattr(classifiers, "BATCH", 32)
-    results, real = {}, cls.measure
+    results, real, judged_by = {}, cls.measure, []
+    monkeypatch.setattr(cls, "measure", lambda args, key, how, data, *rest: (
+        judged_by.append((key["part"], len(data[1].labels))),
+        real(args, key, how, data, *rest))[1])
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -415,6 +448,7 @@ def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
         results[name] = Path("rows.csv").read_bytes(), capsys.readouterr().out
         assert Path("classification.png").is_file() and not list(Path("runs").iterdir())
     assert results["whole"] == results["stopped"]
+    assert set(judged_by) == {("validation", 80), ("test", 40)}
     rows = rows_of(pd.read_csv("rows.csv", dtype=str, keep_default_na=False).to_dict("records"))
     assert rows["method"].tolist() == ["plain", "CM", "CM", "plain", "CM"]
     assert rows["part"].tolist() == ["validation"] * 3 + ["test"] * 2
@@ -424,9 +458,10 @@ def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
     assert cls.main(ARGS) == 0 and capsys.readouterr().out == results["whole"][1]
     assert cls.main([*ARGS, "--table"]) == 0 and capsys.readouterr().out == results["whole"][1]
     monkeypatch.setattr(cls, "measure", real)
-    with pytest.raises(SystemExit):
-        cls.main([*ARGS, "--epochs", "2"])
-    assert "made with other options" in capsys.readouterr().err
+    for other in ("--epochs 2", "--ir 7", "--n-max 13", "--network resnet18"):
+        with pytest.raises(SystemExit):
+            cls.main([*ARGS, *other.split()])
+        assert "made with other options" in capsys.readouterr().err
 
 
 def test_a_run_that_ran_off_is_a_row(shapes, tmp_path, monkeypatch, capsys):

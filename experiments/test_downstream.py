@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_the_judge_is_trained_on_the_whole_balanced_set(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "train_classifier", lambda *a, **more: (
         seen.append(a), train(*a, **more))[1])
     config = cm.Config(dataset="shapes", ir=6, n_max=12, image_size=8).resolved()
-    args = type("Args", (), dict(samples=[], runs=tmp_path))
+    args = SimpleNamespace(samples=[], runs=tmp_path)
     setup = down.Setup(args, config, [])
     nets = [setup.judge(), setup.judge()]
     assert len(seen) == 1  # kept
@@ -148,6 +149,15 @@ def test_the_judge_is_trained_on_the_whole_balanced_set(tmp_path, monkeypatch):
     assert len(images) == 200 and not nets[0].training
     x = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(nets[0](x)[1], nets[1](x)[1])
+
+    calls = []
+    monkeypatch.setattr(classifiers, "fit", lambda *a, **how: (
+        calls.append(how["augment"]), classifiers.Network("small", 3, 10).eval())[1])
+    args.network, args.classifier_steps = "small", 3
+    for dataset in ("shapes", "fashion"):  # whose shoes all point one way
+        setup.config = cm.Config(dataset=dataset)
+        setup.measure("LA", "", 5, tmp_path / "x.pt", "")
+    assert calls == [True, False]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -188,8 +198,7 @@ def test_what_is_drawn_and_from_which_generator(tmp_path, monkeypatch):
         directory / f"checkpoint-{steps}.pt")[1])
     monkeypatch.setattr(cm, "generate", lambda config: drawn.append(config))
     config = cm.Config(dataset="shapes", ir=6, n_max=12, image_size=8, steps=4).resolved()
-    args = type("Args", (), dict(samples=[], runs=tmp_path / "r", generators=Path("gen"),
-                                 sampler="ddim"))
+    args = SimpleNamespace(samples=[], runs=tmp_path / "r", generators=Path("gen"), sampler="ddim")
     setup = down.Setup(args, config, ["--n-max", "12"])
     for generator, no_cm, resample in (("DDPM", True, 1), ("RS", True, 0.5), ("CM", False, 1)):
         path = setup.samples(generator, 1, 7)
