@@ -1269,7 +1269,7 @@ def test_readme_shows_a_variation_in_full():
 def test_readme_commands_parse(capsys):
     known = {"--" + name.replace("_", "-") for name in cm.Config.__dataclass_fields__}
     shown = set(commands(README))
-    assert len({script for script, _ in shown}) == 8
+    assert len({script for script, _ in shown}) == 11
     for script, arguments in shown:
         with pytest.raises(SystemExit):
             importlib.import_module(f"experiments.{script}").main(["--help"])

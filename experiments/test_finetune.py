@@ -475,3 +475,20 @@ def test_the_table_pairs_by_seed():
     assert cells[0][:4] == ["LoRA r_g", "1,234", "2", "6.5 ± 0.7"]
     assert cells[2][:2] == ["CM − (LoRA r_g)", "-2.0 [-2.0, -2.0]"]
     assert "exploratory: 2 seeds" in text and len(lines) == 3
+
+
+def test_readme_counts_stable_diffusions_parameters():
+    """The real UNet, built without storage."""
+    diffusers = pytest.importorskip("diffusers")
+    from torch._subclasses import FakeTensorMode
+    readme = Path(__file__).with_name("README.md").read_text()
+    for method in ("LoRA r_g", "CM"):
+        with FakeTensorMode():
+            unet = diffusers.UNet2DConditionModel(
+                block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768,
+                attention_head_dim=8).requires_grad_(False)
+            frozen = sum(p.numel() for p in unet.parameters())
+            ft.add_factors(unet, unet.up_blocks, method, 128, 8)
+        trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+        assert f"W_f, {frozen / 1e6:.1f} M parameters" in readme
+        assert f"{trained / 1e6:.1f} M ({method})" in readme
