@@ -1017,17 +1017,26 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path):
-    """The dict that training saved. Raises ValueError where `path` is no such checkpoint."""
+def load_checkpoint(path, losses, network):
+    """(the dict that training saved, its Config). Raises ValueError where `path` is no such
+    checkpoint, or was trained with other `losses` or another `network`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises nearly anything on a broken file
         reason = getattr(e, "strerror", None) or "truncated, or not a PyTorch file"
         raise ValueError(f"{path} can't be loaded as a checkpoint: {reason}") from None
-    needed = {"config", "losses", "network", "counts", "names", "step", "model", "ema"}
+    foreign = ValueError(f"{path} is not a checkpoint.pt that this cm.py wrote")
+    needed = {"config", "losses", "network", "counts", "names", "step", "model", "ema",
+              "optimizer", "scaler", "log", "world", "precision"}
     if not isinstance(state, dict) or not needed <= state.keys():
-        raise ValueError(f"{path} is not a checkpoint.pt that cm.py wrote")
-    return state
+        raise foreign
+    for kind, name in made_of(losses, network).items():
+        if state[kind] != name:
+            raise ValueError(f"{path} was trained with the {kind} {state[kind]}, not {name}")
+    try:
+        return state, Config(**state["config"])
+    except TypeError:  # an option that isn't one
+        raise foreign from None
 
 
 def load_weights(unet, state, path):
@@ -1037,24 +1046,9 @@ def load_weights(unet, state, path):
         raise ValueError(f"{path} holds another network than its configuration says") from None
 
 
-def saved_config(state, path):
-    """The Config that a checkpoint holds. Raises ValueError."""
-    try:
-        return Config(**state["config"])
-    except (TypeError, AttributeError):
-        raise ValueError(f"{path} is not a checkpoint.pt that this cm.py wrote") from None
-
-
 def made_of(losses, network):
     """What config.json and checkpoints hold of a run's loss module and network."""
     return dict(losses=losses.__name__, network=network.__name__)
-
-
-def check_made_of(saved, losses, network, path):
-    """Raises ValueError where `saved`, which was read from `path`, names other ones."""
-    for kind, name in made_of(losses, network).items():
-        if saved[kind] != name:
-            raise ValueError(f"{path} was trained with the {kind} {saved[kind]}, not {name}")
 
 
 def load_trained(path, weights="ema", losses=CapacityManipulation,
@@ -1063,9 +1057,7 @@ def load_trained(path, weights="ema", losses=CapacityManipulation,
 
     `path` is a checkpoint.pt; weights "ema", or "model" for those that the next step would train.
     `losses` and `network` are those of `train`. Raises ValueError."""
-    state = load_checkpoint(path)
-    check_made_of(state, losses, network, path)
-    config = saved_config(state, path)
+    state, config = load_checkpoint(path, losses, network)
     image_channels = state["ema"]["encoder.0.weight"].shape[1]
     unet = network(config, len(state["counts"]), image_channels)
     load_weights(unet, state[weights], path)
@@ -1159,11 +1151,7 @@ def prepare_run(config, typed, losses, network):
     path = out / "checkpoint.pt"
     if not path.exists():
         raise ValueError(f"there is no run to resume in {out}")
-    state = load_checkpoint(path)
-    check_made_of(state, losses, network, path)
-    if not {"optimizer", "scaler", "log", "world", "precision"} <= state.keys():
-        raise ValueError(f"{path} can be sampled, but not trained on: it is not whole")
-    saved = saved_config(state, path)
+    state, saved = load_checkpoint(path, losses, network)
     for name in sorted(typed - {"steps", "out", "resume", "device"}):
         if getattr(config, name) != getattr(saved, name):
             raise ValueError(
