@@ -107,9 +107,9 @@ def test_general_factors_lie_in_every_layer_and_reserved_ones_in_the_decoder():
                for method, net in networks.items()}
     assert trained["CM"] == trained["LoRA r_g + r_e"] > trained["LoRA r_g"]
     wide = plain_unet()
-    ft.add_factors(wide, wide.decoder, "CM", 10, 9)
+    ft.add_factors(wide, wide.decoder, "CM", 8, 7)
     for name, layer in layers.items():  # r_g < min(d, k), or nothing at all
-        assert (name in ranks(wide)) == (min(layer.weight.flatten(1).shape) > 10), name
+        assert (name in ranks(wide)) == (min(layer.weight.flatten(1).shape) > 8), name
     assert 0 < len(ranks(wide)) < len(layers)
 
 
@@ -227,10 +227,18 @@ def small(monkeypatch):
     monkeypatch.setitem(cm.PRESETS, "small", cm.PRESETS["small"] | SMALL)
     monkeypatch.setattr(cm, "draw_shapes", lambda *_, **__: FEW_SHAPES)
     monkeypatch.setattr(fid, "evaluate", fake_scores)
+    monkeypatch.setattr(ft, "SAMPLE_STEPS", 2)
+    monkeypatch.setattr(cm, "report", lambda *_: None)  # of the pre-training
 
 
 def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monkeypatch, capsys):
-    results = {}
+    results, seen = {}, []
+
+    def recorded(unet, counts, config, losses=cm.CapacityManipulation):
+        seen.append((config.no_cm, config.seed))
+        return losses(unet, counts, config)
+
+    monkeypatch.setattr(cm, "CapacityManipulation", recorded)  # not pre-training's
     for name, kills in (("whole", ()), ("stopped", (1, 9))):  # 1: pre-training; 9: CM's second step
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -250,6 +258,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
         assert Path("finetune.png").is_file()
     rows, out = results["whole"][:2]
     assert results["stopped"][:3] == results["whole"][:3]
+    assert seen[:3] == [(True, 5), (True, 5), (False, 5)]
     weights = results["whole"][3]
     assert all(torch.equal(p, results["stopped"][3][n]) for n, p in weights.items())
     assert "exploratory: 1 seeds" in out and "CM − (LoRA r_g)" in out
