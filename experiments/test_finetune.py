@@ -259,6 +259,8 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
     rows, out = results["whole"][:2]
     assert results["stopped"][:3] == results["whole"][:3]
     assert seen[:3] == [(True, 5), (True, 5), (False, 5)]
+    before, unet, counts = cm.load_trained("runs/pretrained/checkpoint.pt")
+    assert before.unconditional and unet.label_embedding is None and counts == 10 * [20]
     weights = results["whole"][3]
     assert all(torch.equal(p, results["stopped"][3][n]) for n, p in weights.items())
     assert "exploratory: 1 seeds" in out and "CM − (LoRA r_g)" in out
@@ -379,6 +381,8 @@ def test_one_step_on_a_pipeline_is_eq_4_with_its_own_noise(pipeline, tmp_path, m
     made = loaded(pipeline, tmp_path, lam=0.5, div_margin=0.01)
     net, decoder = made.network()
     ft.add_factors(net, decoder, "CM", 3, 2)
+    assert all(p.requires_grad == name.endswith((".A", ".B"))
+               for name, p in net.named_parameters())
     for layer in cm.reserved_layers(net):
         layer.B.data.normal_(0, 0.3)
     seen = []
