@@ -190,7 +190,7 @@ def verdict(runs):
     answer = "Undecided" if not abs(mean) > half else "Yes" if mean > 0 else "No"
     return (f"Does generating beat re-weighting? {answer}: recall of the best with generated "
             f"images ({ours}) − the best without ({theirs}) = {common.interval(mean, half, 1)}, "
-            f"{seeds} seeds. These very numbers picked each side's best.")
+            f"{seeds} seed(s). These very numbers picked each side's best.")
 
 
 def draw(rows, path):
