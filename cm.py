@@ -627,7 +627,7 @@ def class_counts(n_max, ir, num_classes):
     counts = [int(n_max * (1 / ir) ** (c / (num_classes - 1.0))) for c in range(num_classes)]
     if counts[-1] < 1:
         raise ValueError(f"imbalance ratio {ir:g} leaves the smallest class empty; with "
-                         f"{int(n_max)} images in the largest, {int(n_max)} is the most")
+                         f"{int(n_max)} images in the largest, type a smaller --ir")
     return counts
 
 

@@ -113,7 +113,7 @@ def test_class_counts_are_the_published_ones():
         ((9, 9, 1), "at least two classes, not 1"),
         ((9, 0.9, 2), "ratio is 0.9; it must be at least 1"),
         ((9, math.nan, 2), "ratio is nan"),
-        ((9.5, 20, 3), "smallest class empty; with 9 images in the largest, 9 is the most"),
+        ((9.5, 20, 3), "smallest class empty; with 9 images in the largest, type a smaller --ir"),
     ):
         with pytest.raises(ValueError, match=says):
             cm.class_counts(*counts)
