@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import types
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from unittest import mock
@@ -109,6 +110,35 @@ def test_scripts_import_no_other_script():
 
 # ------------------------------------------------------------------------------------------------
 # common.py
+
+
+def test_options_that_mean_nothing_are_refused_by_name_and_by_group():
+    from experiments import common
+    flags, config, typed = common.configured(
+        ["--lam", "2", "--guidance", "1"], ["base", "sampling"], ["guidance"], n_max="40")
+    assert flags == ["--lam", "2", "--guidance", "1", "--dataset", "fashion", "--n-max", "40"]
+    assert (config.lam, config.guidance, config.n_max, config.image_size) == (2, 1, 40, 16)
+    assert typed == {"lam", "guidance", "dataset", "n_max"}
+    for wrong in ("--base ddpm", "--sampler dpm"):
+        with pytest.raises(ValueError, match=f"{wrong.split()[0]} has no meaning here"):
+            common.configured(wrong.split(), ["base", "sampling"], ["guidance"])
+
+
+def test_samples_are_drawn_a_row_a_class(tmp_path, monkeypatch):
+    from experiments import common
+    labels = np.arange(30) % 3
+    images = np.full((30, 8, 8, 1), 50, np.uint8) * labels[:, None, None, None].astype(np.uint8)
+    common.save_samples(tmp_path / "s.npz", images, labels, [40, 20, 5])
+    assert np.load(tmp_path / "s.npz")["counts"].tolist() == [40, 20, 5]
+    drawn = []
+    monkeypatch.setattr(cm, "draw_panels", lambda *args: drawn.append(args))
+    data = types.SimpleNamespace(names="abc", counts=[40, 20, 5],
+                                 first=lambda classes, columns: (classes, columns))
+    path = tmp_path / "new" / "p.png"
+    common.draw_samples(data, {"CM": tmp_path / "s.npz"}, [2, 1], path, 4)
+    (panels, names, where), = drawn
+    assert panels["real"] == ([2, 1], 4) and names == ["c  5", "b  20"] and where == path
+    assert panels["CM"][:, 0, 0, 0].tolist() == [100] * 4 + [50] * 4 and path.parent.is_dir()
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.name)
