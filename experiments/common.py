@@ -249,6 +249,20 @@ def draw_samples(data, files, classes, path, columns=8):
     cm.draw_panels(panels, [f"{data.names[k]}  {data.counts[k]}" for k in classes], path)
 
 
+def judge(images, labels, test, num_classes, device, directory, seed=0):
+    """A classifier of fid.py's kind, trained on uint8 images [N, C, H, W] and labels [N] once, then
+    kept in `directory`. test: (images, labels), of which it says how many it recognises."""
+    def make():
+        net, accuracy = fid.train_classifier(images, labels, *test, num_classes, device, seed=seed)
+        print(f"the judge recognises {100 * accuracy:.1f} % of test images", file=sys.stderr)
+        return net.cpu().state_dict()
+
+    weights = fid.cached(directory, "judge", [images.numpy().tobytes(), seed], make)
+    net = fid.Classifier(images.shape[1], num_classes).eval().requires_grad_(False)
+    net.load_state_dict(weights)
+    return net.to(device)
+
+
 def parser(name, doc, rows=True, seeds=()):
     """A parser whose errors are one line and status 2; rows: with what every script of rows has;
     seeds: the default of --seeds, for scripts that train networks of their own, in --runs."""

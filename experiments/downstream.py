@@ -60,17 +60,8 @@ class Setup:
 
     def judge(self):
         """A classifier that was trained on the whole balanced set: fid.py's, of another seed."""
-        def make():
-            net, accuracy = fid.train_classifier(
-                *self.whole, *(x.cpu() for x in self.test), len(self.counts), self.device, seed=2)
-            print(f"the judge recognises {100 * accuracy:.1f} % of test images", file=sys.stderr)
-            return net.cpu().state_dict()
-
-        images = self.whole[0]
-        weights = fid.cached(self.args.runs / "judge", "judge", [images.numpy().tobytes()], make)
-        net = fid.Classifier(images.shape[1], len(self.counts)).eval().requires_grad_(False)
-        net.load_state_dict(weights)
-        return net.to(self.device)
+        return common.judge(*self.whole, [x.cpu() for x in self.test], len(self.counts),
+                            self.device, self.args.runs / "judge", seed=2)
 
     def samples(self, generator, guidance, seed):
         """The .npz of images of a generator, drawn where there is none."""

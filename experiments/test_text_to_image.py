@@ -313,7 +313,7 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert t2i.main(ARGS) == 0 and calls[5:] == [2]  # one step was left
     assert capsys.readouterr().out == printed
     files = ["autoencoder-0.pt", "CM-5.pt", "DDPM-5.pt"]
-    assert sorted(p.name for p in Path("runs").iterdir()) == sorted(files)
+    assert sorted(p.name for p in Path("runs").glob("*.pt")) == sorted(files)
     for path in ("rows.csv", "text_to_image.png"):
         assert Path(path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
     for file in files:

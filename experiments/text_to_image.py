@@ -181,22 +181,25 @@ class Setting:
 
     @functools.cached_property
     def autoencoder(self):
-        """A small AutoencoderKL, trained on the long-tailed images, and its latents' deviation."""
+        """A small AutoencoderKL, trained on the balanced images, and the deviation of the latents
+        of the long-tailed ones. It plays the part of one that others trained on everything: trained
+        on the long-tailed images it makes rings of frames, whatever latents say."""
         from diffusers import AutoencoderKL
         torch.manual_seed(0)
-        images, vae = self.images[self.index], AutoencoderKL(
+        vae = AutoencoderKL(
             down_block_types=3 * ("DownEncoderBlock2D",), up_block_types=3 * ("UpDecoderBlock2D",),
             block_out_channels=(16, 32, 32), norm_num_groups=1, mid_block_add_attention=False
         ).to(self.device)
 
         def loss():
-            x = cm.to_float(images[torch.randint(len(images), (BATCH,))].to(self.device))
+            index = torch.randint(len(self.images), (BATCH,))
+            x = cm.to_float(self.images[index].to(self.device))
             posterior = vae.encode(x).latent_dist
             error = F.mse_loss(vae.decode(posterior.sample()).sample, x)
             return error + 1e-6 * posterior.kl().mean()  # Stable Diffusion's weight
 
         ema = fit(vae, loss, self.path("autoencoder", 0), self.args.vae_steps, 0, self.data)
-        return ema, self.latents(images, ema, 1).std()
+        return ema, self.latents(self.images[self.index], ema, 1).std()
 
     def latents(self, images, vae=None, scale=None):
         """[N, 4, 8, 8] of uint8 images: the posterior's means, of variance 1 on training images."""
@@ -244,8 +247,10 @@ class Setting:
     @functools.cached_property
     def judge(self):
         """(a classifier trained on the balanced set, its features of that)."""
-        data = self.images, torch.from_numpy(self.labels)
-        net, _ = fid.train_classifier(*data, *data, len(self.counts), self.device)
+        test, _, labels = captioned_images(100, seed=99)
+        net = common.judge(self.images, torch.from_numpy(self.labels),
+                           (test, torch.from_numpy(labels)), len(self.counts), self.device,
+                           self.args.runs / "judge")
         return net, fid.extract(net, self.images, "real images")[0].cpu()
 
     def scores(self, images, captions, labels):
@@ -315,13 +320,14 @@ def table(rows):
 def main(argv=None):
     parser = common.parser("text_to_image", __doc__, seeds=(10, 11, 12))
     for name, default, text in (("n-max", 1000, "images in the largest class"),
-                                ("steps", 5000, "training steps of a network"),
+                                ("steps", 4000, "training steps of a network"),
                                 ("vae-steps", 3000, "of the autoencoder"),
                                 ("num-images", 100, "generated images a class"),
                                 ("ir", 100.0, "imbalance ratio")):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     parser.add_argument("--prompt", help="draw this into RUNS/prompt.png, and do nothing else")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # results repeat only with the same number of threads
     try:
         for name in ("n_max", "steps", "vae_steps", "num_images"):
             cm.check(getattr(args, name) >= 1, name, getattr(args, name), "at least 1")
