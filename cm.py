@@ -1776,7 +1776,7 @@ def spell(value):
 
 def fail(message):
     """One line on stderr, status 2."""
-    print("cm.py: " + " ".join(str(message).split()), file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 

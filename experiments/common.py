@@ -107,14 +107,15 @@ def configured(flags, unused, used=(), **defaults):
     config, typed = cm.parse(flags)
     for field in dataclasses.fields(config):
         if {field.name, field.metadata["group"]} & set(unused) and field.name in typed - set(used):
-            raise ValueError(f"--{field.name.replace('_', '-')} has no meaning here")
+            instead = "; type --seeds" if field.name == "seed" else ""
+            raise ValueError(f"--{field.name.replace('_', '-')} has no meaning here{instead}")
     return flags, config.resolved(), typed
 
 
-def settings(flags):
-    """The options that all rows of a table share, as text: in order, and not where the data lie."""
+def settings(flags, without=("--data", "--device")):
+    """Options as text, in order: what all rows of a table share, not where they came about."""
     options = re.split(" (?=--)", " ".join(flags))
-    return " ".join(sorted(o for o in options if o.split(" ")[0] != "--data"))
+    return " ".join(sorted(o for o in options if o.split(" ")[0] not in without))
 
 
 def run(flags, out, **made_of):
@@ -274,9 +275,11 @@ def parser(name, doc, rows=True, seeds=()):
                          help="where the rows lie")
         new.add_argument("--assets", type=Path, default=ASSETS, help="where pictures go")
         new.add_argument("--table", action="store_true",
-                         help="run nothing; show the table and draw the picture of the rows")
+                         help="run nothing; show the table, and draw the picture if what it is "
+                              "made of is here")
     if seeds:
-        new.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+        new.add_argument("--seeds", type=int, nargs="+", default=list(seeds),
+                         help=f"a run each [default: {' '.join(map(str, seeds))}]")
         new.add_argument("--runs", type=Path, default=Path("runs") / name,
                          help="where checkpoints and samples lie")
     return new
@@ -342,7 +345,8 @@ def load_state(state, path, made_with):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if {name: saved[name] for name in made_with} != made_with:
-            raise ValueError("it was made with another seed or other options")
+            raise ValueError(f"it was made with other options: seed {saved['seed']}, "
+                             f"{saved['options']}; name another directory with --runs")
         for name, part in state.items():
             part.load_state_dict(saved["state"][name])
         return saved["step"]

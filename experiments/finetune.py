@@ -29,10 +29,12 @@ import fid
 from experiments import common, pretrained
 
 METHODS = {"LoRA r_g": "lora", "LoRA r_g + r_e": "lora-wide", "CM": "cm"}  # name: its directory
-GENERAL = "CM, θ_g"
+THETA_G = "CM, θ_g"
 SHOWN = {f"FD {s}": 1 for s in ("overall", "Many", "Medium", "Few")} | {
     "recall Few": 3, "accuracy Few": 3}
-WEIGHT_DECAY, EPOCHS, SAMPLE_STEPS = 1e-6, 100, 50  # the paper's
+WEIGHT_DECAY = 1e-6  # the paper's, as the next two
+EPOCHS = 100  # of a Stable Diffusion
+SAMPLE_STEPS = 50  # of DDIM
 OWN = dict(n_max="1000", steps="3000")  # options for cm.py
 PIPELINE = dict(dataset="folder", base="ddpm", lr="3e-4")
 UNUSED = "no_cm", "rank_ratio", "seed", "warmup", "compile", "flip", "network", "run", "sampling"
@@ -42,7 +44,9 @@ class LoRA(cm.LowRankReserved):
     """W_f + B_g A_g, where `layer` holds W_f. Being a class of its own it is what stays on inside
     `cm.general_only`; a cm.LowRankReserved around it adds B_e A_e, and `cm.merge` folds both."""
 
-    def _conv_forward(self, x, weight, bias):  # the layer around calls it, with the whole W
+    def _conv_forward(self, x, weight, bias):
+        """What LowRankReserved.forward calls on any layer inside it that isn't an nn.Linear, hence
+        on a LoRA of a linear layer, too. `weight` is the whole W."""
         if isinstance(self.layer, nn.Linear):
             return F.linear(x, weight, bias)
         return self.layer._conv_forward(x, weight, bias)
@@ -66,8 +70,9 @@ def add_factors(network, decoder, method, r_g, r_e):
 
 
 def fine_tune(net, setting, config, path, options):
-    """Train what requires gradients, or go on there; then it holds its moving averages. The
-    checkpoint has it alone, without W_f."""
+    """Train the parameters of `net` that require gradients, from the checkpoint at `path` on if
+    there is one; at the end put their moving averages into `net`. The checkpoint holds them alone,
+    without W_f. setting: see pretrained.py. Raises ValueError as common.train does."""
     device, kind = setting.data.images.device, cm.precision(config, setting.data.images.device)
     trained = nn.ParameterList(p for p in net.parameters() if p.requires_grad)
     ema = copy.deepcopy(trained).requires_grad_(False)
@@ -90,6 +95,12 @@ def fine_tune(net, setting, config, path, options):
     net.eval()
 
 
+def npz(args, config, method, seed, kind="samples"):
+    """Where samples of a run lie; of kind "general" are those of CM's theta_g."""
+    guided = f"-g{config.guidance:g}" if config.guidance else ""
+    return args.runs / f"{METHODS[method]}-{seed}" / f"{kind}-{args.num_images}{guided}.npz"
+
+
 def samples(setting, method, seed, args, options):
     """Train and sample, or go on there: ({row's name: .npz}, number of trained parameters)."""
     directory, device = args.runs / f"{METHODS[method]}-{seed}", setting.data.images.device
@@ -103,9 +114,9 @@ def samples(setting, method, seed, args, options):
     merged = {method: cm.merge(net)}
     if method == "CM":
         with cm.general_only(net):
-            merged[GENERAL] = cm.merge(net)
-    paths = {name: directory / f"{stem}-{args.num_images}.npz"
-             for name, stem in zip(merged, ("samples", "general"), strict=False)}
+            merged[THETA_G] = cm.merge(net)
+    paths = {name: npz(args, config, method, seed, "general" if name == THETA_G else "samples")
+             for name in merged}
     labels = torch.arange(args.num_images) % len(setting.data.names)
     seeds = [cm.hashed_seed("image", seed, i) for i in range(args.num_images)]  # for all methods
     for name, path in paths.items():
@@ -150,7 +161,7 @@ def table(rows):
     """As text: mean ± standard deviation, and CM against each other row, paired by seed."""
     runs = {name: run.set_index("seed") for name, run in rows.groupby("method")}
     values, pairs = [], []
-    for name, run in ((name, runs[name]) for name in (*METHODS, GENERAL) if name in runs):
+    for name, run in ((name, runs[name]) for name in (*METHODS, THETA_G) if name in runs):
         values.append({"method": name, "trained": f"{run['trained'].iloc[0]:,.0f}",
                        "seeds": len(run)} | {
                            column: common.spread(run[column], n) for column, n in SHOWN.items()})
@@ -164,22 +175,27 @@ def table(rows):
         common.markdown(pairs)])
 
 
-def draw(data, args, path, columns=8):
+def draw(data, args, config, path, columns=8):
     """A row a rare class: real images, then each method's of one seed, from the same noise."""
     few = cm.splits(data.counts.cpu())["Few"]
-    files = {method: args.runs / f"{name}-{args.seeds[0]}" / f"samples-{args.num_images}.npz"
-             for method, name in METHODS.items()}
+    files = {method: npz(args, config, method, args.seeds[0]) for method in METHODS}
     columns = min(columns, args.num_images // len(data.names))
     common.draw_samples(data, files, few, path, columns)
 
 
 def main(argv=None):
     parser = common.parser("finetune", __doc__, seeds=(10, 11, 12))
-    parser.add_argument("--pretrained", type=Path, help="a Stable Diffusion in diffusers' format")
+    parser.add_argument("--pretrained", type=Path, help="a Stable Diffusion in diffusers' format, "
+                        "to fine-tune on the image tree --data")
+    parser.add_argument("--prompt", default="a {} painting",
+                        help="with --pretrained: of a class, whose name stands for {} "
+                             "[default: a {} painting, as in the paper]")
     parser.add_argument("--ranks", type=int, nargs=2, metavar=("R_G", "R_E"),
-                        help="[default: 8 2; with --pretrained 128 8]")
-    parser.add_argument("--pretrain-steps", type=int, default=6000, help="of cm.py's network")
-    parser.add_argument("--num-images", type=int, default=5000, help="generated images a row")
+                        help="of B_g A_g and B_e A_e [default: 8 2; with --pretrained 128 8]")
+    parser.add_argument("--pretrain-steps", type=int, default=6000,
+                        help="steps that W_f is trained, without labels [default: 6000]")
+    parser.add_argument("--num-images", type=int, default=5000,
+                        help="generated images of a run [default: 5000]")
     args, flags = parser.parse_known_args(argv)
     args.ranks = args.ranks or ([128, 8] if args.pretrained else [8, 2])
     torch.set_num_threads(1)  # results repeat only with the same number of threads
@@ -190,25 +206,27 @@ def main(argv=None):
         cm.check(args.num_images >= 100, "num_images", args.num_images, "at least 100")
         cm.check(args.pretrain_steps >= 1, "pretrain_steps", args.pretrain_steps, "at least 1")
         cm.check(min(args.seeds) >= 0, "seeds", min(args.seeds), "at least 0")
-        options = common.settings([*flags, "--ranks", *map(str, args.ranks),
-                                   "--pretrain-steps", str(args.pretrain_steps)])
+        flags += ["--ranks", *map(str, args.ranks), "--pretrain-steps", str(args.pretrain_steps)]
         if args.pretrained:
-            cm.check(not args.table, "table", True, "given without --pretrained, which has no rows")
+            if args.table:
+                raise ValueError("--pretrained has no table: it writes samples for fid.py")
             args.runs /= args.pretrained.resolve().name
-            setting = pretrained.StableDiffusion(args.pretrained, config, args.runs)
+            setting = pretrained.StableDiffusion(args.pretrained, config, args.runs, args.prompt)
+            options = common.settings([*flags, "--prompt", args.prompt],
+                                      ("--data", "--device", "--amp", "--guidance"))
             if "steps" not in typed:
                 setting.config.steps = setting.steps(EPOCHS)
             for seed, method in itertools.product(args.seeds, METHODS):
                 for path in samples(setting, method, seed, args, options)[0].values():
                     pretrained.draw_grid(path)
                     print(f"python fid.py {path} --dataset folder --data {config.data}")
-            draw(setting.data, args, args.runs / "finetune.png")
+            draw(setting.data, args, config, args.runs / "finetune.png")
             return 0
         if not args.table:
-            study(config, args, options)
+            study(config, args, common.settings(flags))
         print(table(common.numbers(common.read_table(args.rows), ("method", "options"))))
-        if (args.runs / f"cm-{args.seeds[0]}" / f"samples-{args.num_images}.npz").is_file():
-            draw(cm.Data(config), args, args.assets / "finetune.png")
+        if npz(args, config, "CM", args.seeds[0]).is_file():
+            draw(cm.Data(config), args, config, args.assets / "finetune.png")
         return 0
     except (ValueError, OSError, ImportError) as e:
         cm.fail(e)

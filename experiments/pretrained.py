@@ -1,7 +1,11 @@
 """What finetune.py fine-tunes: a network of cm.py, and a Stable Diffusion in diffusers' format.
 
-Both give: data (cm.Data, pixels), batches (cm.Data, what is trained on), alpha_bar [T], config,
-network() and images(). It has no command line. StableDiffusion needs diffusers and transformers.
+Both are a `setting` of finetune.py, with
+    data: cm.Data of pixels; batches: cm.Data of what is trained on, pixels or latents;
+    config: cm.Config; alpha_bar [T] float64; sample_batch: images sampled at a time;
+    network(): (the frozen network, which takes labels y, the part of it that is the decoder);
+    images(net, y, steps, seeds): samples, uint8 [B, H, W, C].
+It has no command line. StableDiffusion needs diffusers and transformers.
 """
 
 import copy
@@ -75,15 +79,18 @@ class Prompted(nn.Module):
 class StableDiffusion:
     """A pipeline, and the images of config.data, an image tree, at its size.
 
-    Their latents are computed once, into the directory `cache`. Raises ValueError."""
+    prompt: a class's, whose name, _ read as a blank, stands for {}. The images' latents are
+    computed once, into the directory `cache`. Raises ValueError."""
 
     sample_batch = 16
 
-    def __init__(self, directory, config, cache):
+    def __init__(self, directory, config, cache, prompt):
         from diffusers import DDIMScheduler, StableDiffusionPipeline
         if not (directory / "model_index.json").is_file():
             raise ValueError(f"{directory} has no model_index.json; --pretrained must name the "
                              "directory of a Stable Diffusion in diffusers' format")
+        if prompt.count("{}") != 1:
+            raise ValueError(f"--prompt is {prompt!r}; it must hold {{}} once, for the class")
         self.pipe = pipe = StableDiffusionPipeline.from_pretrained(
             directory, local_files_only=True, safety_checker=None)
         noise = pipe.scheduler.config
@@ -96,18 +103,19 @@ class StableDiffusion:
         device = cm.pick_device(config.device)
         self.data = cm.Data(self.config, device)
 
-        self.unet, pipe.unet = pipe.unet.float(), None  # stays on the CPU, runs take copies
+        self.unet = pipe.unet.float()  # stays on the CPU, runs take copies
+        pipe.unet = None
         pipe.to(device).set_progress_bar_config(disable=True)
         pipe.scheduler = DDIMScheduler.from_config(noise)
         self.alpha_bar = pipe.scheduler.alphas_cumprod.double()
-        prompts = [f"a {name.replace('_', ' ')} painting" for name in self.data.names]
+        prompts = [prompt.replace("{}", name.replace("_", " ")) for name in self.data.names]
         with torch.no_grad():
             self.prompts = pipe.encode_prompt([*prompts, ""], device, 1, False)[0]
 
     @functools.cached_property
     def batches(self):
-        """cm.Data whose images are latents [N, 4, h, w] (means of the posterior) as the UNet takes
-        them, once `cm.to_float` has mapped them as it maps pixels."""
+        """cm.Data whose images are latents z [N, 4, h, w], means of the posterior, stored as
+        127.5 (z + 1): what cm.draw_batch makes z of, as it maps pixels."""
         vae, images = self.pipe.vae, self.data.images
 
         @torch.no_grad()
@@ -115,6 +123,7 @@ class StableDiffusion:
             parts = tqdm(images.split(self.sample_batch), "latents", unit="batch")
             return torch.cat([vae.encode(cm.to_float(x)).latent_dist.mode().cpu() for x in parts])
 
+        # the key's part for the autoencoder: hashing its 84 M weights would take longer
         weights = sum(p.double().abs().sum().item() for p in vae.parameters())
         key = images.cpu().numpy().tobytes(), tuple(images.shape), weights
         latents = fid.cached(self.cache, "latents", key, encoded).to(images.device)
@@ -133,7 +142,8 @@ class StableDiffusion:
     def images(self, net, y, steps, seeds):
         """uint8 [B, H, W, C] of labels y [B] and a seed each, by DDIM, from the pipeline itself."""
         self.pipe.unet = net.unet
-        x = self.pipe(prompt_embeds=net.prompts[y], negative_prompt_embeds=net.prompts[0 * y - 1],
+        empty = net.prompts[torch.full_like(y, -1)]
+        x = self.pipe(prompt_embeds=net.prompts[y], negative_prompt_embeds=empty,
                       num_inference_steps=steps, guidance_scale=1 + self.config.guidance,
                       generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                       output_type="np").images

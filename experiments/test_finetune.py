@@ -65,7 +65,7 @@ def test_a_layer_sums_the_outputs_of_its_three_weights(layer, x):
 
     general = layer(x) + with_weight(lora.B @ lora.A, x)
     whole = general + with_weight(reserved.B @ reserved.A, x)
-    assert (whole - general).abs().min() > 1e-5 and (general - layer(x)).abs().min() > 1e-6
+    assert (whole - general).abs().mean() > 1e-2 and (general - layer(x)).abs().mean() > 1e-2
     assert torch.allclose(net(x), whole, atol=1e-5)
     assert torch.allclose(cm.merge(net)(x), whole, atol=1e-5)
     with cm.general_only(net):
@@ -294,7 +294,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
     ("--channels 8", "--channels has no meaning"), ("--no-cm", "--no-cm has no meaning"),
     ("--sampler dpm", "--sampler has no meaning"), ("--table", "has no rows"),
     ("--pretrained none --data .", "none has no model_index.json"),
-    ("--pretrained none --table", "--table")])
+    ("--pretrained none --table", "has no table")])
 def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -349,7 +349,7 @@ def pipeline(tmp_path_factory):
 def loaded(pipeline, cache, **options):
     config = cm.Config(**dict(dataset="folder", data=str(pipeline[1]), ir=4, batch_size=4, lr=1e-2,
                               base="ddpm", flip=False, steps=2, seed=3) | options).resolved()
-    return pretrained.StableDiffusion(pipeline[0], config, cache)
+    return pretrained.StableDiffusion(pipeline[0], config, cache, "the {} style")
 
 
 def test_labels_stand_for_prompts_and_batches_are_latents(pipeline, tmp_path, monkeypatch):
@@ -359,7 +359,7 @@ def test_labels_stand_for_prompts_and_batches_are_latents(pipeline, tmp_path, mo
     net, decoder = made.network()
     assert decoder is net.unet.up_blocks and made.data.counts.tolist() == [8, 4, 2]
     assert made.config.image_size == 16 and made.steps(100) == 350  # of 14 images by 4
-    for y, prompt in ((0, "a art nouveau painting"), (1, "a realism painting"), (-1, "")):
+    for y, prompt in ((0, "the art nouveau style"), (1, "the realism style"), (-1, "")):
         ids = pipe.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
         expected = pipe.text_encoder(ids)[0]
         x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
@@ -423,10 +423,10 @@ def test_a_tiny_pipeline_is_tuned_sampled_and_loaded_again(pipeline, tmp_path, m
     assert run("--steps 2 --guidance 0.5 --lr 0.01", pipeline) == 0
     out = capsys.readouterr().out
     directory = Path("runs/tiny")
-    assert out.splitlines()[-1] == (f"python fid.py {directory}/cm-5/general-100.npz --dataset "
+    assert out.splitlines()[-1] == (f"python fid.py {directory}/cm-5/general-100-g0.5.npz --dataset "
                                     f"folder --data {pipeline[1]}")
     sampled = {name: fid.read_images(directory / name) for name in (
-        "lora-5/samples-100.npz", "cm-5/samples-100.npz", "cm-5/general-100.npz")}
+        "lora-5/samples-100-g0.5.npz", "cm-5/samples-100-g0.5.npz", "cm-5/general-100-g0.5.npz")}
     for name, (images, labels, counts) in sampled.items():
         assert images.shape == (100, 3, 16, 16) and list(counts) == [8, 4, 2]
         assert labels.tolist() == [i % 3 for i in range(100)]
@@ -445,14 +445,19 @@ def test_a_tiny_pipeline_is_tuned_sampled_and_loaded_again(pipeline, tmp_path, m
     images = pipe(["a realism painting", "a ukiyo e painting"], num_inference_steps=2,
                   guidance_scale=1.5, generator=generators, output_type="np").images
     images = torch.from_numpy(images).permute(0, 3, 1, 2) * 255
-    assert (images - sampled["cm-5/samples-100.npz"][0][1:3]).abs().max() < 1.01
+    assert (images - sampled["cm-5/samples-100-g0.5.npz"][0][1:3]).abs().max() < 1.01
 
-    monkeypatch.setattr(cm, "update", None)  # all is there
+    monkeypatch.setattr(cm, "update", None)  # all is there; guidance is for sampling only
+    assert run("--steps 2 --lr 0.01", pipeline) == 0
+    plain = fid.read_images(directory / "cm-5/samples-100.npz")[0]
+    assert not torch.equal(plain, sampled["cm-5/samples-100-g0.5.npz"][0])
     monkeypatch.setattr(pretrained.StableDiffusion, "images", None)
     assert run("--steps 2 --guidance 0.5 --lr 0.01", pipeline) == 0
-    with pytest.raises(SystemExit) as stopped:
-        run("--steps 2 --guidance 0.5 --lr 0.02", pipeline)
-    assert stopped.value.code == 2 and "other options" in capsys.readouterr().err.splitlines()[-1]
+    for other, says in (("--lr 0.02", "other options"), ("--lr 0.01 --prompt {}", "other options"),
+                        ("--prompt painting", "it must hold {} once")):
+        with pytest.raises(SystemExit) as stopped:
+            run("--steps 2 --guidance 0.5 " + other, pipeline)
+        assert stopped.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_without_steps_it_is_a_hundred_epochs_and_v_prediction_is_refused(
