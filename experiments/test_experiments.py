@@ -99,12 +99,13 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, says, tmp_path, m
 
 def test_scripts_import_no_other_script():
     """But for what they share, which has no command line."""
+    commandless = {"common", "baselines", "classifiers", "pretrained", "shapes"}
     for path in (ROOT / "experiments").glob("*.py"):
         if not path.name.startswith("test_"):
             for line in re.findall(r"^\s*((?:from|import) experiments.*)$", path.read_text(), re.M):
                 names = line.removeprefix("from experiments import ").split(", ")
-                assert set(names) <= {"common", "baselines", "classifiers", "pretrained"}, path
-    for name in ("common", "baselines", "classifiers", "pretrained"):
+                assert set(names) <= commandless, path
+    for name in commandless:
         assert "__main__" not in (ROOT / "experiments" / f"{name}.py").read_text()
 
 

@@ -423,8 +423,8 @@ def test_a_tiny_pipeline_is_tuned_sampled_and_loaded_again(pipeline, tmp_path, m
     assert run("--steps 2 --guidance 0.5 --lr 0.01", pipeline) == 0
     out = capsys.readouterr().out
     directory = Path("runs/tiny")
-    assert out.splitlines()[-1] == (f"python fid.py {directory}/cm-5/general-100-g0.5.npz --dataset "
-                                    f"folder --data {pipeline[1]}")
+    assert out.splitlines()[-1] == (f"python fid.py {directory}/cm-5/general-100-g0.5.npz "
+                                    f"--dataset folder --data {pipeline[1]}")
     sampled = {name: fid.read_images(directory / name) for name in (
         "lora-5/samples-100-g0.5.npz", "cm-5/samples-100-g0.5.npz", "cm-5/general-100-g0.5.npz")}
     for name, (images, labels, counts) in sampled.items():

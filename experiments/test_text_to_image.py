@@ -18,6 +18,7 @@ import fid
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
+from experiments import shapes  # noqa: E402
 from experiments import text_to_image as t2i  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
@@ -54,7 +55,7 @@ def recognised(image):
     for shape in cm.SHAPES:
         for size, radius in (("small", 0.335), ("small", 0.365), ("large", 0.49), ("large", 0.52)):
             for turn in (0, -42, -35, -28, 28, 35, 42):
-                a = np.radians(turn + t2i.UPRIGHT.get(shape, 0))
+                a = np.radians(turn + shapes.UPRIGHT.get(shape, 0))
                 x = (dx * np.cos(a) + dy * np.sin(a)) / radius + middle_of(shape)[0]
                 y = (dy * np.cos(a) - dx * np.sin(a)) / radius + middle_of(shape)[1]
                 inside = cm.signed_distance(shape, x, y) < 0
@@ -64,7 +65,7 @@ def recognised(image):
 
 
 def test_a_drawn_image_has_what_its_caption_says():
-    images, captions, labels = t2i.captioned_images(4, seed=7)
+    images, captions, labels = shapes.captioned_images(4, seed=7)
     assert images.shape == (40, 3, 32, 32) and images.dtype == torch.uint8
     assert [np.bincount(labels).tolist(), len(captions)] == [[4] * 10, 40]
     for image, caption, label in zip(images, captions, labels, strict=True):
@@ -86,11 +87,11 @@ def test_a_drawn_image_has_what_its_caption_says():
 
 
 def test_words_vary_and_upright_shapes_stand_as_people_draw_them():
-    images, captions, labels = t2i.captioned_images(100, seed=7)
-    for word in (*t2i.RADII, *t2i.COLOURS, *t2i.PLACES, "turned"):
+    images, captions, labels = shapes.captioned_images(100, seed=7)
+    for word in (*shapes.RADII, *shapes.COLOURS, *shapes.PLACES, "turned"):
         share = np.mean([word in caption for caption in captions])
         expected = {"small": 1 / 2, "large": 1 / 2, "turned": 0.8 / 2}.get(
-            word, 1 / 5 if word in t2i.PLACES else 1 / 6)
+            word, 1 / 5 if word in shapes.PLACES else 1 / 6)
         assert abs(share - expected) < 0.06, word
     assert not any("turned" in c for c, y in zip(captions, labels, strict=True) if y < 2)
     for shape, above in (("triangle", False), ("heart", True), ("star", True)):
@@ -99,13 +100,13 @@ def test_words_vary_and_upright_shapes_stand_as_people_draw_them():
                 lit, _, dy = masks_at(images[i])
                 widest = dy[lit.sum(1).argmax(), 0]
                 assert (widest < 0) == above, captions[i]
-    other = t2i.captioned_images(100, seed=8)
+    other = shapes.captioned_images(100, seed=8)
     assert other[1] != captions and not torch.equal(other[0], images)
 
 
 def test_the_caption_reader_is_right_on_real_images():
-    images, captions, _ = t2i.captioned_images(100, seed=3)
-    for words in t2i.read(images):
+    images, captions, _ = shapes.captioned_images(100, seed=3)
+    for words in shapes.read(images):
         assert np.mean([word in c for word, c in zip(words, captions, strict=True)]) >= 0.99
 
 
@@ -115,17 +116,17 @@ def test_the_caption_reader_on_images_by_hand():
     images[1, 1:, 20:24, 8:12] = 255
     images[2, :, 14:18, 14:18] = torch.tensor([255, 0, 255])[:, None, None]
     images[2, 2, 14:18, 14:15] = 200  # pinker on one side: the mean counts
-    assert t2i.read(images) == [["red", "cyan", "magenta", "?"],
-                                ["upper left", "lower left", "centre", "?"]]
+    assert shapes.read(images) == (["red", "cyan", "magenta", "?"],
+                                   ["upper left", "lower left", "centre", "?"])
 
 
 def test_words_are_numbered_and_what_is_unknown_is_refused():
     words = sorted(["a", "small", "red", "star", "upper", "left"])
-    ids = t2i.encode(["a small RED star, upper left", "red", ""], words)
+    ids = shapes.word_ids(["a small RED star, upper left", "red", ""], words)
     assert ids.tolist() == [[1, 4, 3, 5, 6, 2, 0], [3] + 6 * [0], 7 * [0]]
     for caption, wrong in (("a small purple star", "'purple'"), ("red " * 8, "'red'")):
         with pytest.raises(ValueError, match=f"{wrong}; a caption is up to 7 of a, left"):
-            t2i.encode(["a star", caption], words)
+            shapes.word_ids(["a star", caption], words)
 
 
 def test_captions_are_dropped_as_often_as_said(monkeypatch):
@@ -232,7 +233,7 @@ def test_capacity_is_reserved_in_the_up_blocks_and_merges_into_diffusers_network
 def test_scores_by_split_and_the_words_that_are_right():
     setting = t2i.Setting.__new__(t2i.Setting)
     setting.counts = np.array(COUNTS)
-    setting.images, setting.captions, setting.labels = t2i.captioned_images(12, seed=0)
+    setting.images, setting.captions, setting.labels = shapes.captioned_images(12, seed=0)
 
     class Net(torch.nn.Linear):  # always says "star" (8); its features are an image's colours
         def forward(self, images):
@@ -309,6 +310,9 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 128 + signal.SIGTERM and calls == [False] * 3 + [True] * 2
     assert "stopped at step 2; the same command goes on" in capsys.readouterr().err
     assert len(Path("rows.csv").read_text().splitlines()) == 3  # the autoencoder's and DDPM's
+    with pytest.raises(SystemExit):
+        t2i.main([*ARGS, "--prompt", "a small red star"])  # which would go on training
+    assert "CM-5.pt is no network of 3 steps" in capsys.readouterr().err and len(calls) == 5
     monkeypatch.setattr(t2i, "loss_of", lambda *args: calls.append(2) or loss_of(*args))
     assert t2i.main(ARGS) == 0 and calls[5:] == [2]  # one step was left
     assert capsys.readouterr().out == printed
@@ -348,7 +352,11 @@ def test_latents_have_unit_variance_and_come_back(tmp_path, monkeypatch):
     setting = t2i.Setting(args)
     assert setting.counts.tolist() == cm.class_counts(6, 2, 10)
     images = setting.images[setting.index]
-    latents = setting.latents(images)
+    seen, randint = [], torch.randint
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randint", lambda high, *a: seen.append(high) or randint(high, *a))
+        latents = setting.latents(images)
+    assert set(seen) == {60} and len(images) < 60  # the autoencoder sees every class as often
     assert latents.shape == (len(images), 4, 8, 8) and latents.std() == pytest.approx(1, rel=1e-4)
     vae, scale = setting.autoencoder
     x = vae.decode(scale * latents).sample.clamp(-1, 1)
@@ -383,7 +391,8 @@ def test_table_by_hand():
     (["--num-images", "0"], "--num-images is 0"), (["--seeds", "-1"], "--seeds is -1"),
     (["--ir", "0.5"], "imbalance ratio is 0.5"), (["--ir", "100"], "smallest class empty"),
     (["--table"], "has no rows"), (["--prompt", "a small purple star"], "unknown word"),
-    (["--prompt", "a " * 8], "one too many"), (["--prompt", "a star"], "lacks networks")])
+    (["--prompt", "a " * 8], "one too many"),
+    (["--prompt", "a star"], "DDPM-5.pt is no network of 3 steps")])
 def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:

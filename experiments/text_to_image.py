@@ -6,8 +6,9 @@
 
 Networks keep checkpoints in --runs and go on from them. FD: Fréchet distance from the balanced set
 in the features of a classifier trained on it (fid.py's); shape: how often it sees the caption's
-shape; colour, place: how often `read` sees the caption's. "autoencoder": real images through it,
-the best to be expected of either method.
+shape; colour, place: how often `shapes.read` sees the caption's. "autoencoder": real images
+through it, the best to be expected of either method. --prompt: by both methods, of the first seed,
+with guidance 1, into RUNS/prompt.png; beside images of that caption, black where there are none.
 """
 
 import copy
@@ -22,87 +23,23 @@ from tqdm import tqdm
 
 import cm
 import fid
-from experiments import common
+from experiments import common, shapes
 
-RADII = {"small": (0.32, 0.38), "large": (0.48, 0.53)}  # of half the image's side
-COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # 60 degrees of hue apart
-PLACES = {"upper left": (-0.36, -0.36), "upper right": (0.36, -0.36), "centre": (0, 0),
-          "lower left": (-0.36, 0.36), "lower right": (0.36, 0.36)}  # (x, y), y downwards
-UPRIGHT = {"heart": 225, "star": 270}  # degrees from how cm.py draws them
-LENGTH, WIDTH, CHANNELS = 7, 64, (32, 64)  # words a caption; of text encoder; of UNet
-BATCH, LR, WARMUP, DROP = 32, 1e-3, 100, 0.1  # DROP: share of captions dropped
-RANK_RATIO, SAMPLE_STEPS = 0.3, 50  # as in cm.py's small preset; of DDIM
-AUTOENCODER, METHODS = "autoencoder", ("DDPM", "CM")
+WIDTH = 64  # of the text encoder
+CHANNELS = (32, 64)  # of the UNet's levels
+BATCH = 32
+LR = 1e-3  # Adam's, after WARMUP steps
+WARMUP = 100
+DROP = 0.1  # share of captions dropped
+RANK_RATIO = 0.3  # as in cm.py's small preset
+SAMPLE_STEPS = 50  # of DDIM
+AUTOENCODER = "autoencoder"
+METHODS = ("DDPM", "CM")
 POINTS = ((AUTOENCODER, 0), *((method, w) for w in (0, 1) for method in METHODS))  # guidance w
 KEY = ["method", "guidance", "seed"]
-SHOWN = {f"FD {name}": 1 for name in ("overall", "Many", "Medium", "Few")} | {
-    f"{kind} {name}": 3 for kind in ("shape", "colour", "place") for name in ("overall", "Few")}
-
-
-def captioned_images(per_class, seed, size=32):
-    """Drawn shapes: uint8 [10 * per_class, 3, size, size], their captions, labels [N] by class.
-    A caption is "a SIZE COLOUR SHAPE, PLACE", then ", turned" where the shape isn't upright (disc
-    and ring always are). Radius, hue, place and angle vary within each word. A data set of one's
-    own, CUB-200 or Oxford-102, enters here: return its images, captions and labels."""
-    rng, images, captions = np.random.RandomState(seed), [], []
-    grid = (np.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
-    for shape in cm.SHAPES:
-        sizes, places = (rng.choice(list(words), per_class) for words in (RADII, PLACES))
-        colours = rng.randint(len(COLOURS), size=per_class)
-        turned = (rng.rand(per_class) < 0.5) & (shape not in ("disc", "ring"))
-        captions += [f"a {a} {COLOURS[b]} {shape}, {c}" + ", turned" * int(d)
-                     for a, b, c, d in zip(sizes, colours, places, turned, strict=True)]
-        radius = rng.uniform(*np.array([RADII[a] for a in sizes]).T)[:, None, None]
-        at = np.array([PLACES[c] for c in places]) + rng.uniform(-0.04, 0.04, (per_class, 2))
-        degrees = rng.uniform(25, 45, per_class) * rng.choice([-1, 1], per_class) * turned
-        angle = np.radians(degrees + UPRIGHT.get(shape, 0))[:, None, None]
-        u = (grid - at[:, 0, None, None]) / radius  # [N, 1, size]
-        v = (grid[:, None] - at[:, 1, None, None]) / radius  # [N, size, 1]
-        fine = np.mgrid[-1:1:201j, -1:1:201j]
-        cy, cx = fine[:, cm.signed_distance(shape, *fine[::-1]) < 0].mean(1)  # lies at the place
-        x = u * np.cos(angle) + v * np.sin(angle) + cx
-        y = v * np.cos(angle) - u * np.sin(angle) + cy
-        cover = np.clip(0.5 - cm.signed_distance(shape, x, y) * radius * size / 2, 0, 1)
-        hue = colours / len(COLOURS) + rng.uniform(-0.04, 0.04, per_class)
-        hue = hue[:, None] - np.array([0, 1 / 3, 2 / 3])  # of red, green, blue
-        colour = np.clip(1.5 * np.cos(2 * np.pi * hue) + 0.75, 0.05, 1)  # [N, 3]
-        images.append(np.rint(255 * cover[:, None] * colour[:, :, None, None]).astype(np.uint8))
-    images = torch.from_numpy(np.concatenate(images))
-    return images, captions, np.repeat(np.arange(len(cm.SHAPES)), per_class)
-
-
-def read(images):
-    """(colours, places), words, of uint8 images [N, 3, H, W]: the mean hue of the lit pixels, each
-    weighted by its chroma, and their centroid, weighted by brightness. "?" where none is lit."""
-    x = images.double() / 255
-    x = x * (x.amax(1, keepdim=True) > 0.25)
-    turns = torch.tensor([0, 1 / 3, 2 / 3], dtype=torch.float64)
-    hue = (x.mean((2, 3)) * torch.exp(2j * torch.pi * turns)).sum(1).angle() / (2 * torch.pi)
-    colours = (hue * len(COLOURS)).round().long() % len(COLOURS)
-    light = x.amax(1)  # [N, H, W]
-    total = light.sum((1, 2))
-    grid = (torch.arange(x.shape[2]) + 0.5) / x.shape[2] * 2 - 1
-    centre = torch.stack([(light.sum(axis) * grid).sum(1) / total for axis in (1, 2)], 1)
-    places = torch.cdist(centre, torch.tensor(list(PLACES.values()), dtype=torch.float64)).argmin(1)
-    return [[names[i] if lit else "?" for i, lit in zip(found, total > 0, strict=True)]
-            for names, found in ((COLOURS, colours), (list(PLACES), places))]
-
-
-def split(caption):
-    return caption.lower().replace(",", " ").split()
-
-
-def encode(captions, words):
-    """[N, LENGTH] int64: each word's number in `words`, from 1; then 0, which is attended to like
-    any word, as in Stable Diffusion. A dropped caption is all 0. Raises ValueError."""
-    ids = torch.zeros(len(captions), LENGTH, dtype=torch.long)
-    for row, used in zip(ids, map(split, captions), strict=True):
-        wrong = [word for word in used if word not in words] + used[LENGTH:]
-        if wrong:
-            raise ValueError(f"unknown word, or one too many: {wrong[0]!r}; a caption is up to "
-                             f"{LENGTH} of {', '.join(words)}")
-        row[:len(used)] = torch.tensor([words.index(word) + 1 for word in used])
-    return ids
+SPLITS = ("overall", "Many", "Medium", "Few")
+SHOWN = {f"FD {name}": 1 for name in SPLITS} | {f"shape {name}": 3 for name in SPLITS} | {
+    f"{kind} {name}": 3 for kind in ("colour", "place") for name in ("overall", "Few")}
 
 
 def fit(net, loss, path, steps, seed, options):
@@ -128,7 +65,7 @@ class TextToImage(nn.Module):
         from diffusers import UNet2DConditionModel
         super().__init__()
         self.words = nn.Embedding(num_words + 1, WIDTH)
-        self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
+        self.positions = nn.Parameter(0.02 * torch.randn(shapes.LENGTH, WIDTH))
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 128, 0.0, batch_first=True, norm_first=True)
         self.text = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         self.unet = UNet2DConditionModel(
@@ -168,22 +105,28 @@ def draw_batch(latents, labels, ids):
     return latents[index], labels[index], t, eps, ids[index].masked_fill(dropped, 0)
 
 
+def latents_of(images, vae, device):
+    """[N, 4, H/4, W/4], the posterior's means, of uint8 images [N, 3, H, W]."""
+    return torch.cat([vae.encode(cm.to_float(x.to(device))).latent_dist.mode()
+                      for x in images.split(250)])
+
+
 class Setting:
     """What all runs share: data, words and, trained once, autoencoder and classifier."""
 
     def __init__(self, args):
         self.args, self.device = args, cm.pick_device()
-        self.images, self.captions, self.labels = captioned_images(args.n_max, seed=0)
+        self.images, self.captions, self.labels = shapes.captioned_images(args.n_max, seed=0)
         self.index = cm.long_tail_indices(self.labels, args.ir, n_max=args.n_max)
         self.counts = np.bincount(self.labels[self.index])
-        self.words = sorted({word for caption in self.captions for word in split(caption)})
+        self.words = sorted({word for caption in self.captions for word in shapes.split(caption)})
         self.data = f"--n-max {args.n_max} --ir {args.ir:g} --vae-steps {args.vae_steps}"
 
     @functools.cached_property
     def autoencoder(self):
-        """A small AutoencoderKL, trained on the balanced images, and the deviation of the latents
-        of the long-tailed ones. It plays the part of one that others trained on everything: trained
-        on the long-tailed images it makes rings of frames, whatever latents say."""
+        """A small AutoencoderKL, trained on the balanced images, and the standard deviation of the
+        long-tailed ones' latents. It plays the part of one that others trained on everything:
+        trained on the long-tailed images it makes rings of frames, whatever their latents say."""
         from diffusers import AutoencoderKL
         torch.manual_seed(0)
         vae = AutoencoderKL(
@@ -199,13 +142,12 @@ class Setting:
             return error + 1e-6 * posterior.kl().mean()  # Stable Diffusion's weight
 
         ema = fit(vae, loss, self.path("autoencoder", 0), self.args.vae_steps, 0, self.data)
-        return ema, self.latents(self.images[self.index], ema, 1).std()
+        return ema, latents_of(self.images[self.index], ema, self.device).std()
 
-    def latents(self, images, vae=None, scale=None):
-        """[N, 4, 8, 8] of uint8 images: the posterior's means, of variance 1 on training images."""
-        vae, scale = (vae, scale) if vae else self.autoencoder
-        return torch.cat([vae.encode(cm.to_float(x.to(self.device))).latent_dist.mode()
-                          for x in images.split(250)]) / scale
+    def latents(self, images):
+        """[N, 4, 8, 8] of uint8 images, of variance 1 on training images."""
+        vae, scale = self.autoencoder
+        return latents_of(images, vae, self.device) / scale
 
     def decoded(self, latents):
         """uint8 [N, 3, 32, 32]"""
@@ -222,7 +164,7 @@ class Setting:
         net = TextToImage(len(self.words), method == "CM").to(self.device)
         data = [x.to(self.device) for x in (
             self.latents(self.images[self.index]), torch.from_numpy(self.labels[self.index]),
-            encode([self.captions[i] for i in self.index], self.words))]
+            shapes.word_ids([self.captions[i] for i in self.index], self.words))]
         omega = [w.to(self.device) for w in cm.class_weights(self.counts)]
         loss = lambda: loss_of(net, *draw_batch(*data), omega)
         return cm.merge(fit(net, loss, self.path(method, seed), self.args.steps, seed, self.data))
@@ -230,7 +172,7 @@ class Setting:
     def drawn(self, method, seed, captions, guidance):
         """uint8 images [N, 3, 32, 32] of the captions by DDIM; each method's from the same noise.
         (Not by cm.sample, whose images end in [-1, 1]: latents don't.)"""
-        net, ids = self.trained(method, seed), encode(captions, self.words).to(self.device)
+        net, ids = self.trained(method, seed), shapes.word_ids(captions, self.words).to(self.device)
         seeds = [cm.hashed_seed("image", seed, i) for i in range(len(captions))]
         noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]
         progress = tqdm(total=SAMPLE_STEPS, desc=f"sampling {method}-{seed}", unit="step")
@@ -247,7 +189,7 @@ class Setting:
     @functools.cached_property
     def judge(self):
         """(a classifier trained on the balanced set, its features of that)."""
-        test, _, labels = captioned_images(100, seed=99)
+        test, _, labels = shapes.captioned_images(100, seed=99)
         net = common.judge(self.images, torch.from_numpy(self.labels),
                            (test, torch.from_numpy(labels)), len(self.counts), self.device,
                            self.args.runs / "judge")
@@ -258,8 +200,9 @@ class Setting:
         net, real = self.judge
         features, logits = (x.cpu() for x in fid.extract(net, images, "generated images"))
         right, row = {"shape": logits.argmax(1).numpy() == labels}, {}
-        for kind, words in zip(("colour", "place"), read(images), strict=True):
-            right[kind] = np.array([a in b for a, b in zip(words, captions, strict=True)])
+        for kind, words in zip(("colour", "place"), shapes.read(images), strict=True):
+            right[kind] = np.array([word in caption for word, caption in
+                                    zip(words, captions, strict=True)])
         for name, classes in (cm.splits(self.counts) | {"overall": labels}).items():
             ours, theirs = (np.isin(y, classes) for y in (labels, self.labels))
             row[f"FD {name}"] = fid.frechet_distance(real[theirs], features[ours])
@@ -275,7 +218,7 @@ def study(args):
     done = set() if rows.empty else set(rows[KEY].itertuples(index=False, name=None))
     for seed in args.seeds:
         # as many images of each class, with captions of their own
-        images, captions, labels = captioned_images(args.num_images, seed=100 + seed)
+        images, captions, labels = shapes.captioned_images(args.num_images, seed=100 + seed)
         for method, guidance in POINTS:
             if (method, str(guidance), str(seed)) not in done:
                 x = (setting.decoded(setting.latents(images)) if method == AUTOENCODER else
@@ -285,7 +228,8 @@ def study(args):
                 rows = common.replace_rows(rows, new, KEY)
                 common.write_rows(args.rows, rows)
     if all(setting.path(method, args.seeds[0]).is_file() for method in METHODS):
-        draw(setting, setting.captions[::args.n_max], args.assets / "text_to_image.png")
+        firsts = np.unique(setting.labels, return_index=True)[1]  # an image of each shape
+        draw(setting, [setting.captions[i] for i in firsts], args.assets / "text_to_image.png")
 
 
 def draw(setting, captions, path, columns=6):
@@ -321,10 +265,11 @@ def main(argv=None):
     parser = common.parser("text_to_image", __doc__, seeds=(10, 11, 12))
     for name, default, text in (("n-max", 1000, "images in the largest class"),
                                 ("steps", 4000, "training steps of a network"),
-                                ("vae-steps", 3000, "of the autoencoder"),
+                                ("vae-steps", 3000, "training steps of the autoencoder"),
                                 ("num-images", 100, "generated images a class"),
                                 ("ir", 100.0, "imbalance ratio")):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+        parser.add_argument(f"--{name}", type=type(default), default=default,
+                            help=f"{text} [default: {default:g}]")
     parser.add_argument("--prompt", help="draw this into RUNS/prompt.png, and do nothing else")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads
@@ -334,9 +279,11 @@ def main(argv=None):
         cm.check(min(args.seeds) >= 0, "seeds", min(args.seeds), "at least 0")
         if args.prompt is not None:
             setting = Setting(args)
-            encode([args.prompt], setting.words)  # for its checks
-            if not all(setting.path(method, args.seeds[0]).is_file() for method in METHODS):
-                raise ValueError(f"{args.runs} lacks networks; leave --prompt away to train them")
+            shapes.word_ids([args.prompt], setting.words)  # for its checks
+            for path in (setting.path(method, args.seeds[0]) for method in METHODS):
+                if not path.is_file() or common.load_state({}, path, {}) != args.steps:
+                    raise ValueError(f"{path} is no network of {args.steps} steps; leave --prompt "
+                                     "away to train it, or type its --steps")
             draw(setting, [args.prompt], args.runs / "prompt.png")
             return 0
         if not args.table:

@@ -1,0 +1,104 @@
+"""The captioned images of text_to_image.py: shapes, their attributes as words. No command line.
+
+A data set of one's own, CUB-200 or Oxford-102, enters here: see "Text to image" in README.md.
+"""
+
+import numpy as np
+import torch
+
+import cm
+
+RADII = {"small": (0.32, 0.38), "large": (0.48, 0.53)}  # of half the image's side
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # 60 degrees of hue apart
+PLACES = {"upper left": (-0.36, -0.36), "upper right": (0.36, -0.36), "centre": (0, 0),
+          "lower left": (-0.36, 0.36), "lower right": (0.36, 0.36)}  # (x, y), y downwards
+UPRIGHT = {"heart": 225, "star": 270}  # degrees from how cm.py draws them
+LENGTH = 7  # words a caption, at most
+
+
+def captioned_images(per_class, seed, size=32):
+    """Drawn shapes: uint8 [10 * per_class, 3, size, size], their captions, labels [N] by class.
+
+    A caption is "a SIZE COLOUR SHAPE, PLACE", then ", turned" where the shape isn't upright (disc
+    and ring always are). Radius, hue, place and angle vary within each word."""
+    rng, images, captions = np.random.RandomState(seed), [], []
+    for shape in cm.SHAPES:
+        sizes = rng.choice(list(RADII), per_class)
+        places = rng.choice(list(PLACES), per_class)
+        colours = rng.randint(len(COLOURS), size=per_class)
+        turned = (rng.rand(per_class) < 0.5) & (shape not in ("disc", "ring"))
+        for a, b, c, is_turned in zip(sizes, colours, places, turned, strict=True):
+            captions.append(f"a {a} {COLOURS[b]} {shape}, {c}" + ", turned" * int(is_turned))
+
+        radius = rng.uniform(*np.array([RADII[a] for a in sizes]).T)
+        centre = np.array([PLACES[c] for c in places]) + rng.uniform(-0.04, 0.04, (per_class, 2))
+        degrees = rng.uniform(25, 45, per_class) * rng.choice([-1, 1], per_class) * turned
+        angle = np.radians(degrees + UPRIGHT.get(shape, 0))
+        hue = colours / len(COLOURS) + rng.uniform(-0.04, 0.04, per_class)
+        images.append(drawn(shape, radius, centre, angle, colour_of(hue), size))
+    images = torch.from_numpy(np.concatenate(images))
+    return images, captions, np.repeat(np.arange(len(cm.SHAPES)), per_class)
+
+
+def drawn(shape, radius, centre, angle, colour, size):
+    """Anti-aliased shapes on black, uint8 [N, 3, size, size], of radius [N], angle [N] in radians,
+    colour [N, 3] in [0, 1], and centre [N, 2] (x, y): their centroid, which is what `read` finds.
+    Coordinates are in [-1, 1]."""
+    fine = np.mgrid[-1:1:201j, -1:1:201j]  # (y, x)
+    inside = cm.signed_distance(shape, *fine[::-1]) < 0
+    centroid_y, centroid_x = fine[:, inside].mean(1)  # where the shape is drawn with centre 0
+    radius, angle = radius[:, None, None], angle[:, None, None]
+    grid = (np.arange(size) + 0.5) / size * 2 - 1  # pixel centres
+    u = (grid - centre[:, 0, None, None]) / radius  # [N, 1, size]
+    v = (grid[:, None] - centre[:, 1, None, None]) / radius  # [N, size, 1]
+    x = u * np.cos(angle) + v * np.sin(angle) + centroid_x
+    y = v * np.cos(angle) - u * np.sin(angle) + centroid_y
+    cover = np.clip(0.5 - cm.signed_distance(shape, x, y) * radius * size / 2, 0, 1)
+    return np.rint(255 * cover[:, None] * colour[:, :, None, None]).astype(np.uint8)
+
+
+def colour_of(hue):
+    """Red, green, blue in [0, 1], [N, 3], of hue [N] in turns: cosines a third apart, cut off."""
+    turns = hue[:, None] - np.array([0, 1 / 3, 2 / 3])
+    return np.clip(1.5 * np.cos(2 * np.pi * turns) + 0.75, 0.05, 1)
+
+
+def read(images):
+    """(colours, places), words, of uint8 images [N, 3, H, W]; "?" where no pixel is lit.
+
+    The colour: red, green and blue are unit vectors a third of a turn apart; the lit pixels' sum
+    has the hue's angle. The place: the lit pixels' centroid, weighted by brightness."""
+    x = images.double() / 255
+    x = x * (x.amax(1, keepdim=True) > 0.25)
+    vectors = torch.exp(2j * torch.pi * torch.tensor([0, 1 / 3, 2 / 3], dtype=torch.float64))
+    hue = (x.mean((2, 3)) * vectors).sum(1).angle() / (2 * torch.pi)
+    colours = (hue * len(COLOURS)).round().long() % len(COLOURS)
+
+    light = x.amax(1)  # [N, H, W]
+    total = light.sum((1, 2))
+    grid = (torch.arange(x.shape[2]) + 0.5) / x.shape[2] * 2 - 1
+    centroid = torch.stack([(light.sum(1) * grid).sum(1), (light.sum(2) * grid).sum(1)], 1)
+    known = torch.tensor(list(PLACES.values()), dtype=torch.float64)
+    places = torch.cdist(centroid / total[:, None], known).argmin(1)
+
+    def words(names, found):
+        return [names[i] if lit else "?" for i, lit in zip(found, total > 0, strict=True)]
+
+    return words(COLOURS, colours), words(list(PLACES), places)
+
+
+def split(caption):
+    return caption.lower().replace(",", " ").split()
+
+
+def word_ids(captions, words):
+    """[N, LENGTH] int64: each word's number in `words`, from 1; then 0, which is attended to like
+    any word, as in Stable Diffusion. Raises ValueError."""
+    ids = torch.zeros(len(captions), LENGTH, dtype=torch.long)
+    for row, used in zip(ids, map(split, captions), strict=True):
+        wrong = [word for word in used if word not in words] + used[LENGTH:]
+        if wrong:
+            raise ValueError(f"unknown word, or one too many: {wrong[0]!r}; a caption is up to "
+                             f"{LENGTH} of {', '.join(words)}")
+        row[:len(used)] = torch.tensor([words.index(word) + 1 for word in used])
+    return ids
