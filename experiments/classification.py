@@ -17,7 +17,6 @@ import re
 import sys
 
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
@@ -89,7 +88,8 @@ def study(args):
     """Every run that has no row yet: first all that there is to choose from. Raises ValueError."""
     options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}"
                        for name in ("dataset", "epochs", "ir", "n_max", "network"))
-    rows, device = common.read_rows(args.rows, options), cm.pick_device()
+    common.read_rows(args.rows, options)  # for its checks
+    device = cm.pick_device()
     data = {part: classifiers.read(args.dataset, args.data, SIZES[args.network], args.n_max,
                                    args.ir, device, part == "validation")
             for part in ("test", "validation")}
@@ -98,13 +98,11 @@ def study(args):
     runs += [("test", *run) for run in itertools.product(args.seeds, args.bases, (None, chosen))]
     for number, (part, seed, base, how) in enumerate(runs, 1):
         if how is chosen:
-            how = chosen(common.numbers(rows, WORDS), base)
+            how = chosen(common.numbers(common.read_rows(args.rows, options), WORDS), base)
         key = dict(zip(KEY, (part, base, *(how or ("", "", "")), seed), strict=True))
-        if rows.empty or not (rows[KEY] == common.text([key]).iloc[0]).all(axis=1).any():
+        if not common.has_row(args.rows, options, **key):
             print(f"run {number} of {len(runs)}", file=sys.stderr)
-            new = common.text([measure(args, key, how, data[part], options)])
-            rows = pd.concat([rows, new], ignore_index=True).fillna("")
-            common.write_rows(args.rows, rows)
+            common.add_rows(args.rows, options, [measure(args, key, how, data[part], options)])
             checkpoint_of(args, key).unlink(missing_ok=True)
 
 
@@ -231,7 +229,6 @@ def main(argv=None):
             args.n_max = 1000
         cm.check(args.n_max is None or args.n_max >= 1, "n_max", args.n_max, "at least 1")
         cm.check(args.epochs >= 1, "epochs", args.epochs, "at least 1")
-        cm.check(min(args.seeds) >= 0, "seeds", min(args.seeds), "at least 0")
         if not args.table:
             study(args)
         rows = common.numbers(common.read_table(args.rows), WORDS)

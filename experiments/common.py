@@ -41,10 +41,11 @@ def read_rows(path, options=None):
     """The table of text in a .csv, empty where there is no file.
 
     Raises ValueError where its rows were made with other `options` than these (see `settings`)."""
-    if not path.is_file():
+    if not path.exists():
         return pd.DataFrame()
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     if options is not None:
+        check_columns(rows, ["options"], path)
         others = rows.loc[rows["options"] != options, "options"]
         if len(others):
             raise ValueError(f"{path} was made with other options ({others.iloc[0]}); "
@@ -52,12 +53,34 @@ def read_rows(path, options=None):
     return rows
 
 
-def read_table(path):
-    """The rows that --table shows. Raises ValueError where there are none."""
+def check_columns(rows, columns, path):
+    missing = [name for name in columns if name not in rows]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}, so it isn't this script's; name "
+                         "another file with --rows")
+
+
+def read_table(path, columns=()):
+    """The rows that --table shows. Raises ValueError where there are none, or none with these
+    `columns`."""
     rows = read_rows(path)
     if rows.empty:
         raise ValueError(f"{path} has no rows; leave --table away")
+    check_columns(rows, columns, path)
     return rows
+
+
+def has_row(path, options, **key):
+    """Whether a row in a .csv has these values in these columns. Raises ValueError."""
+    rows = read_rows(path, options)
+    return not rows.empty and bool((rows[list(key)] == text([key]).iloc[0]).all(axis=1).any())
+
+
+def add_rows(path, options, new):
+    """Write `new`, dicts, behind the rows in a .csv; what they have in common goes into the column
+    options. Raises ValueError."""
+    rows = [read_rows(path, options), text(new).assign(options=options)]
+    write_rows(path, pd.concat(rows, ignore_index=True).fillna(""))
 
 
 def replace_rows(rows, new, key):
@@ -126,8 +149,8 @@ def run(flags, out, **made_of):
     "" where the run was finished, else at which step it ran off ("not finite at step N").
     Raises ValueError where cm.py would, and SystemExit where a signal stopped it; then the same
     call goes on."""
-    resume = ["--resume"] if (out / "config.json").is_file() else []
-    config, typed = cm.parse([*flags, "--out", str(out), *resume])
+    go_on = "--resume" if (out / "checkpoint.pt").is_file() else "--overwrite"
+    config, typed = cm.parse([*flags, "--out", str(out), go_on])
     try:
         status = cm.train(config.resolved(), typed, **made_of)
     except FloatingPointError as e:
@@ -241,7 +264,9 @@ def save(figure, path):
 
 
 def draw_samples(data, files, classes, path, columns=8):
-    """A row a class of cm.Data: real images, then those of each .npz of `files`, {title: path}."""
+    """A row a class of cm.Data, or of `classes`: real images, then those of each .npz of `files`,
+    {title: path}."""
+    classes = range(len(data.names)) if classes is None else classes
     panels = {"real": data.first(classes, columns)}
     for title, file in files.items():
         images, labels, _ = fid.read_images(file)
@@ -264,6 +289,13 @@ def judge(images, labels, test, num_classes, device, directory, seed=0):
     return net.to(device)
 
 
+class Seeds(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if min(values) < 0 or max(values) >= 2**31 or len(set(values)) < len(values):
+            parser.error("--seeds must be different numbers from 0 on, below 2^31")
+        namespace.seeds = values
+
+
 def parser(name, doc, rows=True, seeds=()):
     """A parser whose errors are one line and status 2; rows: with what every script of rows has;
     seeds: the default of --seeds, for scripts that train networks of their own, in --runs."""
@@ -278,7 +310,7 @@ def parser(name, doc, rows=True, seeds=()):
                          help="run nothing; show the table, and draw the picture if what it is "
                               "made of is here")
     if seeds:
-        new.add_argument("--seeds", type=int, nargs="+", default=list(seeds),
+        new.add_argument("--seeds", type=int, nargs="+", default=list(seeds), action=Seeds,
                          help=f"a run each [default: {' '.join(map(str, seeds))}]")
         new.add_argument("--runs", type=Path, default=Path("runs") / name,
                          help="where checkpoints and samples lie")
@@ -303,6 +335,9 @@ def train(step, state, path, steps, seed=0, options="", every=500):
     with 128 + signal. Raises ValueError on a checkpoint that doesn't fit, and FloatingPointError
     where the loss stops being finite; the checkpoint is then the last good one."""
     made_with = {"seed": seed, "options": options}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for temporary in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):  # of a killed run
+        temporary.unlink()
     first = load_state(state, path, made_with) if path.is_file() else 0
     if first > steps:
         raise ValueError(f"{path} is at step {first} already; {steps} were asked for")
@@ -321,7 +356,7 @@ def train(step, state, path, steps, seed=0, options="", every=500):
                 raise FloatingPointError(f"{path.stem}: the loss is not finite at step {i}")
             if i % every == 0 or i == steps or stopped_by:
                 save_state(state, path, made_with | {"step": i})
-            if stopped_by and i < steps:
+            if stopped_by:
                 print(f"stopped at step {i}; the same command goes on", file=sys.stderr)
                 sys.exit(128 + stopped_by[0])
     finally:
@@ -336,7 +371,6 @@ def hashed(*words):
 
 def save_state(state, path, more):
     parts = {name: part.state_dict() for name, part in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     cm.write_atomically(path, lambda p: torch.save(more | {"state": parts}, p))
 
 

@@ -5,18 +5,18 @@
 
 Consistency training (CT; Song et al. 2023, "Song" below), without and with CM. F is cm.py's UNet,
 and f = c_skip x + c_out F(c_in x, 250 ln sigma) maps an image plus noise of any sigma to the image.
-Each run has a directory of its own, on a CPU one thread. Options that aren't its own go to cm.py.
-Columns of results/consistency.csv: FD of `fid.py --features classifier`; held-out loss: base loss
-of the averaged weights on held-out images, at the last grid; share: of |lam L_CM| in itself plus
-the base loss, in each tenth of the training and (held-out share) on held-out images.
+Options that aren't its own go to cm.py. Columns of results/consistency.csv: FD of `fid.py
+--features classifier`; held-out loss: base loss of the averaged weights on held-out images, at the
+last grid; share: of |lam L_CM| in itself plus the base loss, in each tenth of the training and
+(held-out share) on held-out images.
 """
 
 import copy
 import dataclasses
+import itertools
 import math
 import sys
 
-import pandas as pd
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -25,8 +25,9 @@ import fid
 from experiments import common
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7  # Karras et al. 2022
-S_0, S_1, MU_0 = 2, 20, 0.9  # Song, App. C, where s_1 = 150. theta^- lags 4.75 N steps behind: what
-# f knows at sigma_min needs some 4.75 N^2 to reach sigma_max, 107,000 with 150, 1,900 with 20
+S_0, MU_0 = 2, 0.9  # Song, App. C
+S_1 = 20  # there 150. theta^- averages over 1 / -ln mu = 4.75 N steps, and what f knows at
+# sigma_min crosses N sigmas to sigma_max: some 4.75 N^2 steps, 107,000 with 150, 1,900 with 20
 MIDDLE = 0.8  # sigma at which the second step starts
 METHODS = {"CT": True, "CM": False}  # name: no_cm
 SPLITS = ("overall", "Many", "Medium", "Few")
@@ -50,7 +51,8 @@ def make_grid(size):
 
 
 def scalings(sigma, sigma_data):
-    """c_skip, c_out, c_in, each [B, 1, 1, 1] float32, and F's time [B], for sigma [B] float64."""
+    """c_skip, c_out, c_in, each [B, 1, 1, 1] float32, and F's time [B], for sigma [B] float64
+    (Song, App. C; the time is 1000 times Karras' c_noise, ln(sigma) / 4)."""
     root = (sigma**2 + sigma_data**2).sqrt()
     c_skip = sigma_data**2 / ((sigma - SIGMA_MIN)**2 + sigma_data**2)
     c_out = sigma_data * (sigma - SIGMA_MIN) / root
@@ -104,19 +106,23 @@ class ConsistencyTraining(cm.CapacityManipulation):
 @torch.no_grad()
 def sample(network, y, image_shape, steps, sigma_data, seeds):
     """Images [B, C, H, W] in [-1, 1] of labels y, in one or two steps (Song, Algorithm 1).
-
     network: F; seeds: one int an image, so that the batch size doesn't matter."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = torch.zeros(len(y), *image_shape, device=y.device)
-    for sigma, scale in ((SIGMA_MAX, SIGMA_MAX), (MIDDLE, (MIDDLE**2 - SIGMA_MIN**2)**0.5))[:steps]:
-        z = torch.stack([torch.randn(image_shape, generator=g) for g in generators])
+
+    def f(x, scale, sigma):  # of x plus `scale` times new noise
+        z = torch.stack([torch.randn(image_shape, generator=g) for g in generators]).to(y.device)
         sigma = torch.full(y.shape, sigma, dtype=torch.float64, device=y.device)
-        x = consistency(network, x + scale * z.to(y.device), sigma, y, sigma_data)
+        return consistency(network, x + scale * z, sigma, y, sigma_data)
+
+    x = f(0, SIGMA_MAX, SIGMA_MAX)
+    if steps == 2:
+        x = f(x, (MIDDLE**2 - SIGMA_MIN**2)**0.5, MIDDLE)
     return x.clamp(-1, 1)
 
 
 def train(config, data, sigma_data, path, options, network=cm.make_unet):
-    """Train, or go on there: (averaged network in eval mode, shares of L_CM)."""
+    """Train, or go on from `path`: (averaged network in eval mode, shares of L_CM). `network` makes
+    F, with cm.UNet's `encode` and `decode`; see cm.train."""
     device = data.images.device
     torch.manual_seed(cm.hashed_seed("weights", config.seed))
     unet = cm.lay_out(network(config, len(data.names), data.images.shape[1]), device)
@@ -151,7 +157,8 @@ def held_out(ema, data, config, sigma_data, per_class=100, times=5):
     index = torch.cat([torch.where(data.held_out_labels == k)[0][:per_class]
                        for k in range(len(data.names))]).repeat(times)
     x0, y = cm.to_float(data.held_out[index]), data.held_out_labels[index]
-    n = (torch.arange(len(y), device=device) * times // len(y) * S_1 + S_1 // 2) // times
+    repeat = torch.arange(len(y), device=device) * times // len(y)  # 0..times - 1
+    n = (repeat * S_1 + S_1 // 2) // times  # evenly spaced pairs: 2, 6, 10, 14, 18 of 0..19
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
     parts = [losses(*batch, make_grid(S_1 + 1).to(device))[1:]
              for batch in zip(*(v.split(250) for v in (x0, y, eps, y, n)), strict=True)]
@@ -162,11 +169,11 @@ def held_out(ema, data, config, sigma_data, per_class=100, times=5):
 
 
 def measure(method, config, data, directory, num_images, options):
-    """Train, sample, evaluate: two rows, of one and two sampler steps."""
+    """Train, sample, evaluate: two rows, without options, of one and two sampler steps."""
     sigma_data = cm.to_float(data.images).std().item()
     ema, shares = train(config, data, sigma_data, directory / f"{directory.name}.pt", options)
-    measures = {f"share {t}": share for t, share in zip(TENTHS, shares, strict=True)}
-    measures |= held_out(ema, data, config, sigma_data)
+    measures = held_out(ema, data, config, sigma_data) | {
+        f"share {t}": share for t, share in zip(TENTHS, shares, strict=True)}
     network, rows, device = cm.merge(ema), [], data.images.device
     labels = torch.arange(num_images) % len(data.names)
     seeds = [cm.hashed_seed("image", config.seed, i) for i in range(num_images)]
@@ -179,23 +186,20 @@ def measure(method, config, data, directory, num_images, options):
         scores = fid.evaluate(path, config.dataset, config.data, features="classifier",
                               device=str(device), cache=directory.parent / "fid")
         rows.append({"method": method, "seed": config.seed, "steps": config.steps,
-                     "sampler steps": steps} | {f"FD {s}": scores[s]["FD"] for s in SPLITS}
-                    | measures | {"options": options})
+                     "sampler steps": steps} | measures | {
+                         f"FD {s}": scores.get(s, {}).get("FD", math.nan) for s in SPLITS})
     return rows
 
 
 def study(path, runs, config, options, seeds, num_images):
     """Every run that has no rows yet. Raises ValueError."""
-    rows = common.read_rows(path, options)
-    done = set() if rows.empty else set(rows[["method", "seed"]].itertuples(index=False, name=None))
+    kept = f"{options} --num-images {num_images}"
     data = cm.Data(config, cm.pick_device(config.device))
-    for seed in seeds:
-        for method, no_cm in METHODS.items():
-            if (method, str(seed)) not in done:
-                own = dataclasses.replace(config, no_cm=no_cm, seed=seed)
-                new = measure(method, own, data, runs / f"{method}-{seed}", num_images, options)
-                rows = pd.concat([common.read_rows(path, options), common.text(new)])
-                common.write_rows(path, rows)
+    for seed, method in itertools.product(seeds, METHODS):
+        if not common.has_row(path, kept, method=method, seed=seed):
+            own = dataclasses.replace(config, no_cm=METHODS[method], seed=seed)
+            directory = runs / f"{method}-{seed}"
+            common.add_rows(path, kept, measure(method, own, data, directory, num_images, options))
 
 
 def table(rows):
@@ -209,7 +213,7 @@ def table(rows):
             name: common.spread(run[name], n) for name, n in digits.items()}
             for m, run in zip(METHODS, (ct, ours), strict=True)]
         pairs.append(first | {name: common.interval(*common.difference(ours[name], ct[name])[:2], n)
-                              for name, n in digits.items()})
+                              for name, n in digits.items() if name != "held-out share"})
     shares = [{"tenth of the training": t, "N(k) at its end": schedule(t, 10)[0],
                "share of |λ L_CM|": common.spread(ours[f"share {t}"], 3)} for t in TENTHS]
     return "\n\n".join([
@@ -226,18 +230,15 @@ def main(argv=None):
     try:
         flags, config, _ = common.configured(flags, UNUSED, n_max="1000", steps="6000",
                                              warmup="100")
-        if min(args.seeds) < 0 or args.num_images < 100:
-            raise ValueError("--seeds must be at least 0, --num-images at least 100")
+        cm.check(args.num_images >= 100, "num_images", args.num_images, "at least 100")
         if not args.table:
             study(args.rows, args.runs, config, common.settings(flags), args.seeds, args.num_images)
-        rows = common.numbers(common.read_table(args.rows), ("method", "options"))
-        print(table(rows))
+        rows = common.read_table(args.rows, ["sampler steps"])
+        print(table(common.numbers(rows, ("method", "options"))))
         files = {f"{method}, one step": args.runs / f"{method}-{args.seeds[0]}" / "samples-1.npz"
                  for method in METHODS}
         if all(path.is_file() for path in files.values()):
-            data = cm.Data(config)
-            common.draw_samples(data, files, range(len(data.names)),
-                                args.assets / "consistency.png")
+            common.draw_samples(cm.Data(config), files, None, args.assets / "consistency.png")
         return 0
     except (ValueError, OSError) as e:
         cm.fail(e)

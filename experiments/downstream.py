@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
@@ -128,18 +127,17 @@ def study(args, config, flags):
     options = common.settings(flags) + "".join(
         f" --{name.replace('_', '-')} {getattr(args, name)}"
         for name in ("classifier_steps", "generator_seeds", "network", "sampler"))
-    rows, setup = common.read_rows(args.rows, options), Setup(args, config, flags)
+    common.read_rows(args.rows, options)  # for its checks
+    setup = Setup(args, config, flags)
     settings = [(name, "") for name in [*ALONE, *(path.stem for path in args.samples)]]
     settings += () if args.samples else itertools.product(GENERATORS, GUIDANCE)
     runs = [(*setting, seed) for seed in args.seeds for setting in settings]
     for number, run in enumerate(runs, 1):
         key = dict(zip(KEY, run, strict=True))
-        if rows.empty or not (rows[KEY] == common.text([key]).iloc[0]).all(axis=1).any():
+        if not common.has_row(args.rows, options, **key):
             print(f"run {number} of {len(runs)}", file=sys.stderr)
             path = args.runs / ("-".join(map(str, run)).replace(" ", "_") + ".pt")
-            new = common.text([key | setup.measure(*run, path, options)])
-            rows = pd.concat([rows, new], ignore_index=True).fillna("")
-            common.write_rows(args.rows, rows)
+            common.add_rows(args.rows, options, [key | setup.measure(*run, path, options)])
             path.unlink(missing_ok=True)
 
 

@@ -14,11 +14,11 @@ parameters; FD, recall, accuracy: of `fid.py --features classifier`. "CM, θ_g":
 import copy
 import dataclasses
 import itertools
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -109,7 +109,11 @@ def samples(setting, method, seed, args, options):
     add_factors(net, decoder, method, *args.ranks)
     net = cm.lay_out(net, device)
     config = dataclasses.replace(setting.config, seed=seed, no_cm=method != "CM")
-    fine_tune(net, setting, config, directory / f"{directory.name}.pt", options)
+    path = directory / f"{directory.name}.pt"
+    if not path.is_file():  # samples, if there are any, are of another network
+        for file in directory.glob("*.npz"):
+            file.unlink()
+    fine_tune(net, setting, config, path, options)
 
     merged = {method: cm.merge(net)}
     if method == "CM":
@@ -136,10 +140,8 @@ def samples(setting, method, seed, args, options):
 def study(config, args, options):
     """Every run that has no rows yet. Raises ValueError."""
     kept = f"{options} --num-images {args.num_images}"
-    rows = common.read_rows(args.rows, kept)
-    done = set() if rows.empty else set(rows[["method", "seed"]].itertuples(index=False, name=None))
     missing = [(seed, method) for seed, method in itertools.product(args.seeds, METHODS)
-               if (method, str(seed)) not in done]
+               if not common.has_row(args.rows, kept, method=method, seed=seed)]
     if missing:
         unet = cm.make_unet(dataclasses.replace(config, no_cm=True), 10, 1)
         add_factors(unet, unet.decoder, "CM", *args.ranks)  # for its checks
@@ -151,10 +153,9 @@ def study(config, args, options):
             scores = fid.evaluate(path, config.dataset, config.data, features="classifier",
                                   device=str(setting.data.images.device), cache=args.runs / "fid")
             new.append(dict(method=name, seed=seed, steps=config.steps, trained=trained) | {
-                f"{value} {split}": scores[split][value]
-                for value, split in map(str.split, SHOWN)} | dict(options=kept))
-        rows = pd.concat([common.read_rows(args.rows, kept), common.text(new)])
-        common.write_rows(args.rows, rows)
+                f"{value} {split}": scores.get(split, {}).get(value, math.nan)
+                for value, split in map(str.split, SHOWN)})
+        common.add_rows(args.rows, kept, new)
 
 
 def table(rows):
@@ -205,15 +206,16 @@ def main(argv=None):
         config = dataclasses.replace(config, flip=False)  # latents can't be flipped
         cm.check(args.num_images >= 100, "num_images", args.num_images, "at least 100")
         cm.check(args.pretrain_steps >= 1, "pretrain_steps", args.pretrain_steps, "at least 1")
-        cm.check(min(args.seeds) >= 0, "seeds", min(args.seeds), "at least 0")
         flags += ["--ranks", *map(str, args.ranks), "--pretrain-steps", str(args.pretrain_steps)]
         if args.pretrained:
             if args.table:
                 raise ValueError("--pretrained has no table: it writes samples for fid.py")
+            cm.check(config.guidance >= 0, "guidance", config.guidance, "at least 0 for diffusers")
             args.runs /= args.pretrained.resolve().name
             setting = pretrained.StableDiffusion(args.pretrained, config, args.runs, args.prompt)
             options = common.settings([*flags, "--prompt", args.prompt],
                                       ("--data", "--device", "--amp", "--guidance"))
+            options += f" on {setting.made_of()}"
             if "steps" not in typed:
                 setting.config.steps = setting.steps(EPOCHS)
             for seed, method in itertools.product(args.seeds, METHODS):
@@ -224,8 +226,9 @@ def main(argv=None):
             return 0
         if not args.table:
             study(config, args, common.settings(flags))
-        print(table(common.numbers(common.read_table(args.rows), ("method", "options"))))
-        if npz(args, config, "CM", args.seeds[0]).is_file():
+        rows = common.read_table(args.rows, ["trained", *SHOWN])
+        print(table(common.numbers(rows, ("method", "options"))))
+        if all(npz(args, config, method, args.seeds[0]).is_file() for method in METHODS):
             draw(cm.Data(config), args, config, args.assets / "finetune.png")
         return 0
     except (ValueError, OSError, ImportError) as e:

@@ -33,10 +33,11 @@ class Unlabelled:
     def __init__(self, config, out, steps):
         self.config, self.data = config, cm.Data(config, cm.pick_device(config.device))
         self.batches, self.alpha_bar = self.data, cm.make_alpha_bar()
+        begun = (out / "checkpoint.pt").is_file()
         before = cm.Config(
             dataset=config.dataset, data=config.data, device=config.device, ir=1.0, flip=False,
-            unconditional=True, no_cm=True, steps=steps, out=str(out),
-            resume=(out / "checkpoint.pt").is_file()).resolved()
+            unconditional=True, no_cm=True, steps=steps, out=str(out), resume=begun,
+            overwrite=not begun).resolved()
         stopped_by = cm.train(before, set(cm.stored_options(before)) - {"data"})
         if stopped_by:
             sys.exit(stopped_by)
@@ -91,8 +92,14 @@ class StableDiffusion:
                              "directory of a Stable Diffusion in diffusers' format")
         if prompt.count("{}") != 1:
             raise ValueError(f"--prompt is {prompt!r}; it must hold {{}} once, for the class")
-        self.pipe = pipe = StableDiffusionPipeline.from_pretrained(
-            directory, local_files_only=True, safety_checker=None)
+        try:
+            pipe = StableDiffusionPipeline.from_pretrained(directory, local_files_only=True,
+                                                           safety_checker=None)
+        except Exception as e:  # diffusers raises nearly anything on broken files
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise ValueError(f"{directory} can't be loaded as a Stable Diffusion ({reason})"
+                             ) from None
+        self.pipe = pipe
         noise = pipe.scheduler.config
         if noise.prediction_type != "epsilon" or noise.num_train_timesteps != cm.T:
             raise ValueError(f"{directory} predicts {noise.prediction_type} over "
@@ -106,7 +113,8 @@ class StableDiffusion:
         self.unet = pipe.unet.float()  # stays on the CPU, runs take copies
         pipe.unet = None
         pipe.to(device).set_progress_bar_config(disable=True)
-        pipe.scheduler = DDIMScheduler.from_config(noise)
+        # DDIMScheduler's own default would clip latents to [-1, 1]
+        pipe.scheduler = DDIMScheduler.from_config(noise, clip_sample=False)
         self.alpha_bar = pipe.scheduler.alphas_cumprod.double()
         prompts = [prompt.replace("{}", name.replace("_", " ")) for name in self.data.names]
         with torch.no_grad():
@@ -130,6 +138,11 @@ class StableDiffusion:
         batches = copy.copy(self.data)
         batches.images = 127.5 * (vae.config.scaling_factor * latents + 1)
         return batches
+
+    def made_of(self):
+        """Sums that change with the pipeline and the images: for a checkpoint's options."""
+        weights = sum(p.double().abs().sum().item() for p in self.unet.parameters())
+        return f"weights {weights:.9g}, latents {self.batches.images.double().abs().sum():.9g}"
 
     def steps(self, epochs):
         return math.ceil(epochs * len(self.data.images) / self.config.batch_size)

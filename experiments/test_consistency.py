@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # whatever pytest'
 import cm
 import fid
 
-pytest.importorskip("pandas")
+pd = pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
+from experiments import common  # noqa: E402
 from experiments import consistency as ct  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
@@ -126,6 +127,61 @@ def test_L_CM_sees_F_at_the_larger_sigma_only_and_the_target_nothing():
     assert torch.equal(same, loss_cm) and not torch.allclose(other_base, base)
 
 
+def test_neighbours_of_one_sigma_agree_under_dropout():
+    losses, (x0, y, eps, y_in, n, _) = tiny(dropout=0.5)
+    losses.train()
+    once = torch.full((9,), 1.5, dtype=torch.float64)
+    base = losses(x0, y, eps, y_in, n, once)[1]
+    assert torch.equal(base, torch.zeros_like(base))  # theta^- has theta's weights and its masks
+
+
+def test_held_out_measures_one_by_one():
+    losses, _ = tiny(b=0.3)
+    labels = torch.arange(4).repeat_interleave(3)
+    data = SimpleNamespace(
+        images=torch.zeros(1), held_out=torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8),
+        held_out_labels=labels, names="abcd", counts=torch.tensor([40, 10, 5, 2]))
+    found = ct.held_out(losses.unet, data, dataclasses.replace(losses.config, lam=0.5), 0.6, 2, 3)
+    eps = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    con, div = cm.class_weights([40, 10, 5, 2])
+    base, few, weighed = [], [], []
+    with torch.no_grad():
+        for i in range(24):  # three times the first two of each class, at pairs 3, 10 and 16
+            which, n = [0, 1, 3, 4, 6, 7, 9, 10][i % 8], (3, 10, 16)[i // 8]
+            y, x0 = labels[which:which + 1], data.held_out[which:which + 1] / 127.5 - 1
+            small, large = ct.make_grid(21)[n:n + 2].split(1)
+            f, target = (ct.consistency(losses.unet, x0 + sigma.float() * eps[i], sigma, y, 0.6)
+                         for sigma in (large, small))
+            base.append((f - target).square().mean().item())
+            few += base[-1:] if y.item() in (2, 3) else []
+            x = (x0 + large.float() * eps[i]) / (large.float()**2 + 0.36).sqrt()
+            F = losses.unet(x, 250 * large.log().float(), y)
+            with cm.general_only(losses.unet):
+                F_g = losses.unet(x, 250 * large.log().float(), y)
+            weighed.append(0.5 * cm.capacity_loss(F, F_g, con[y], div[y], 0.003).abs().item())
+    assert found["held-out loss Few"] == pytest.approx(sum(few) / len(few), rel=1e-4)
+    share = sum(weighed) / (sum(weighed) + sum(base))
+    assert len(few) == 12 and found["held-out share"] == pytest.approx(share, rel=1e-4)
+
+
+def test_table_by_hand():
+    columns = [f"FD {s}" for s in ct.SPLITS] + ["held-out loss Few", "held-out share"] + [
+        f"share {t}" for t in ct.TENTHS]
+    rows = pd.DataFrame([{"method": method, "seed": seed, "sampler steps": steps} | {
+        name: (1 if method == "CT" else 3) * seed + steps for name in columns}
+        for method in ct.METHODS for seed in (1, 2) for steps in (1, 2)])
+    shown = ct.table(rows)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in shown.splitlines() if line.startswith("|")]
+    assert [line[:4] for line in lines[2:6]] == [
+        ["1", "CT", "2", "2.5 ± 0.7"], ["1", "CM", "2", "5.5 ± 2.1"],
+        ["2", "CT", "2", "3.5 ± 0.7"], ["2", "CM", "2", "6.5 ± 2.1"]]
+    # CM - CT is 2 and 4: mean 3, t(0.975, 1) = 12.706, standard error 1
+    assert lines[8] == ["1", *4 * ["+3.0 [-9.7, +15.7]"], "+3.00000 [-9.70620, +15.70620]"]
+    assert shown.startswith("exploratory: 2 seeds; ")
+    assert lines[13] == ["1", "7", "6.500 ± 2.121"] and lines[22][:2] == ["10", "21"]
+
+
 class Line(nn.Module):
     """F of one number and its time, in cm.py's two halves."""
 
@@ -204,7 +260,8 @@ def test_one_and_two_steps_from_noise_of_each_image():
     assert torch.equal(ct.sample(network, y[1:], (1, 4, 4), 2, 0.5, seeds[1:])[0], both[1])
 
 
-def fake_scores(path, *_, **__):
+def fake_scores(path, dataset, data, features, **_):
+    assert (dataset, data, features) == ("shapes", None, "classifier")
     images, labels, counts = fid.read_images(path)
     assert labels.bincount().tolist() == [10] * 10 and len(counts) == 10
     return {s: {"FD": images.float().mean().item()} for s in ct.SPLITS}
@@ -224,7 +281,16 @@ def kills_at(call, update=cm.update):
 
 def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fid, "evaluate", fake_scores)
-    results = {}
+    results, seen, sampled = {}, {True: [], False: []}, []
+    forward, sample = ct.ConsistencyTraining.forward, ct.sample
+
+    def recorded(self, *batch):
+        result = forward(self, *batch)
+        seen[self.config.no_cm].append((result[1].mean().item(), result[2].abs().mean().item()))
+        return result
+
+    monkeypatch.setattr(ct.ConsistencyTraining, "forward", recorded)
+    monkeypatch.setattr(ct, "sample", lambda *a: sampled.append((a[3:], a[1])) or sample(*a))
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -244,11 +310,27 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(tmp_path, monkeypatch,
     assert results["stopped"][:2] == (rows, out)
     assert all(torch.equal(p, results["stopped"][2][n]) for n, p in weights.items())
     assert "exploratory: 1 seeds" in out and "CM − CT" in out and len(rows.splitlines()) == 5
+
+    ct_losses, cm_losses = seen[True], seen[False]  # three steps first, then held-out images
+    assert ct_losses[0] == cm_losses[0] and cm_losses[0][1] == 0  # same weights, batch and noise
+    table = common.numbers(common.read_rows(Path("rows.csv")), ("method", "options"))
+    shares = table[table["method"] == "CM"].iloc[0]
+    for step, tenth in ((1, 1), (2, 4), (3, 7)):
+        base, weighed = cm_losses[step - 1]
+        assert shares[f"share {tenth}"] == pytest.approx(weighed / (base + weighed), rel=1e-4)
+    config = cm.parse([*ARGS[:-10], "--batch-size", "4"])[0].resolved()
+    sigma_data = cm.to_float(cm.Data(config).images).std().item()
+    seeds = [cm.hashed_seed("image", 5, i) for i in range(100)]
+    assert len(sampled) == 8  # one and two steps of CT and CM, whole and stopped
+    for (steps, sigma, of_image), y in sampled:
+        assert sigma == pytest.approx(sigma_data) and of_image == seeds and steps in (1, 2)
+        assert torch.equal(y, torch.arange(100) % 10)
     assert ct.main([*ARGS, "--table"]) == 0 and capsys.readouterr().out == out
 
 
 @pytest.mark.parametrize("arguments, says", [
     ("--num-images 9", "--num-images"), ("--seeds -1", "--seeds"), ("--seeds x", "invalid int"),
+    ("--seeds 5 5", "different numbers"), ("--rows .", "directory"),
     ("--base oc", "--base has no meaning"), ("--sampler dpm", "--sampler has no meaning"),
     ("--rank-ratio 2", "rank-ratio"), ("--data none", "none"), ("--table", "has no rows")])
 def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):

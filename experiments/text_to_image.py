@@ -276,7 +276,6 @@ def main(argv=None):
     try:
         for name in ("n_max", "steps", "vae_steps", "num_images"):
             cm.check(getattr(args, name) >= 1, name, getattr(args, name), "at least 1")
-        cm.check(min(args.seeds) >= 0, "seeds", min(args.seeds), "at least 0")
         if args.prompt is not None:
             setting = Setting(args)
             shapes.word_ids([args.prompt], setting.words)  # for its checks
