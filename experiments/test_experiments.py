@@ -187,14 +187,37 @@ def test_options_of_cm_and_of_a_table(tmp_path):
     assert common.read_rows(tmp_path / "rows.csv", "--lr 1").equals(rows[:1])
 
 
+def test_rows_are_looked_up_and_added(tmp_path):
+    from experiments import common
+    path = tmp_path / "rows.csv"
+    assert not common.has_row(path, "--lr 1", method="A", seed=1)
+    common.add_rows(path, "--lr 1", [dict(method="A", seed=1, x=0.5)])
+    common.add_rows(path, "--lr 1", [dict(method="B", seed=2, y=1.0), dict(method="B", seed=3)])
+    assert path.read_text() == "method,seed,x,options,y\nA,1,0.5,--lr 1,\nB,2,,--lr 1,1\n" \
+                               "B,3,,--lr 1,\n"
+    found = [(m, s) for m in "AB" for s in (1, 2, 3) if common.has_row(
+        path, "--lr 1", method=m, seed=s)]
+    assert found == [("A", 1), ("B", 2), ("B", 3)]
+    for call in (lambda: common.has_row(path, "--lr 2", seed=1),
+                 lambda: common.add_rows(path, "--lr 2", [dict(seed=1)])):
+        with pytest.raises(ValueError, match="other options"):
+            call()
+    with pytest.raises(ValueError, match="no column 'z'"):
+        common.read_table(path, ["x", "z"])
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no column 'options'"):
+        common.has_row(path, "--lr 1", seed=1)
+
+
 def test_a_run_goes_on_and_says_where_it_ran_off(tmp_path, monkeypatch):
     from experiments import common
     runs, end = [], 0
 
     def train(config, typed):
         runs.append((config.resume, config.steps, Path(config.out), "steps" in typed))
+        assert config.overwrite != config.resume  # killed before there was a checkpoint: again
         (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "config.json").write_text("{}")
+        (tmp_path / "run" / "checkpoint.pt").write_text("")
         if isinstance(end, Exception):
             raise end
         return end
@@ -299,11 +322,12 @@ def test_training_stops_on_a_signal_and_goes_on_bit_for_bit(number, tmp_path, ca
     assert {p.name for p in tmp_path.iterdir()} == {"whole.pt", "cut.pt", "25.pt"}
 
 
-def test_training_stopped_at_its_last_step_is_finished(tmp_path):
+def test_training_stopped_at_its_last_step_is_finished_and_what_follows_is_not_begun(tmp_path):
     def stop(i):
         if i == 7:
             os.kill(os.getpid(), signal.SIGTERM)
-    assert Trained(tmp_path / "new" / "c.pt", stop).train(7).seen[-1] == 7
+    with pytest.raises(SystemExit):
+        Trained(tmp_path / "new" / "c.pt", stop).train(7)
     assert Trained(tmp_path / "new" / "c.pt").train(7).seen == []
 
 
@@ -314,8 +338,10 @@ def test_training_killed_goes_on_from_its_last_checkpoint(tmp_path):
     whole = Trained(tmp_path / "whole.pt").train()
     with pytest.raises(RuntimeError):
         Trained(tmp_path / "cut.pt", die).train()
+    (tmp_path / ".cut.99.tmp.pt").write_text("half")
     cut = Trained(tmp_path / "cut.pt").train()
     assert cut.seen == list(range(13, 21)) and torch.equal(cut.weights(), whole.weights())
+    assert not (tmp_path / ".cut.99.tmp.pt").exists()
     other = Trained(tmp_path / "other.pt").train(seed=1)
     assert not torch.equal(other.weights(), whole.weights())
 
@@ -331,7 +357,7 @@ def test_training_refuses_a_checkpoint_that_does_not_fit(tmp_path):
     Trained(path).train(8, options="--lr 1")
     before = path.read_bytes()
     for steps, kw, says in ((8, {}, "other options"), (6, {"options": "--lr 1"}, "at step 8"),
-                            (8, {"options": "--lr 1", "seed": 1}, "another seed")):
+                            (8, {"options": "--lr 1", "seed": 1}, "seed 0, --lr 1; name")):
         with pytest.raises(ValueError, match=says):
             Trained(path).train(steps, **kw)
     path.write_bytes(before[:len(before) // 2])

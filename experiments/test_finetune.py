@@ -202,7 +202,8 @@ def test_decay_rate_and_weight_decay_reach_the_optimiser(tmp_path, monkeypatch):
     assert len({rest[0].item() for rest in seen}) == 4  # another batch a step
 
 
-def fake_scores(path, *_, **__):
+def fake_scores(path, dataset, data, features, **_):
+    assert (dataset, data, features) == ("shapes", None, "classifier")
     images, labels, counts = fid.read_images(path)
     assert labels.bincount().tolist() == [10] * 10 and len(counts) == 10
     value = images.float().mean().item()
@@ -238,10 +239,18 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
         seen.append((config.no_cm, config.seed))
         return losses(unet, counts, config)
 
+    losses, sampled, update, sample = [], [], cm.update, cm.sample
     monkeypatch.setattr(cm, "CapacityManipulation", recorded)  # not pre-training's
+    monkeypatch.setattr(cm, "update", lambda loss, *rest: (
+        losses.append(loss.item()), update(loss, *rest))[1])
+    monkeypatch.setattr(cm, "sample", lambda net, y, *how: (
+        sampled.append((y.tolist(), *how)), sample(net, y, *how))[1])
     for name, kills in (("whole", ()), ("stopped", (1, 9))):  # 1: pre-training; 9: CM's second step
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
+        if kills:  # and once more, before there was a checkpoint
+            Path("runs/pretrained").mkdir(parents=True)
+            Path("runs/pretrained/log.csv").write_text("step")
         for call in kills:
             with monkeypatch.context() as patch:
                 patch.setattr(cm, "update", kills_at(call))
@@ -256,6 +265,11 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
                          fid.read_images(Path("runs/cm-5/general-100.npz"))[0].tolist(),
                          torch.load("runs/cm-5/cm-5.pt")["state"]["ema"])
         assert Path("finetune.png").is_file()
+    # two steps of pre-training, then each method's first: weights, batch and noise are the same
+    assert losses[5:9:3] == pytest.approx(2 * losses[2:3], 1e-5)
+    seeds = [cm.hashed_seed("image", 5, i) for i in range(100)]
+    how = [i % 10 for i in range(100)], torch.Size([3, 8, 8]), "ddim", 2, 0.0, seeds
+    assert sampled[:4] == 4 * [how]  # both LoRAs, CM, its theta_g: labels, steps, noise
     rows, out = results["whole"][:2]
     assert results["stopped"][:3] == results["whole"][:3]
     assert seen[:3] == [(True, 5), (True, 5), (False, 5)]
@@ -272,13 +286,20 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
     assert not torch.equal(a[0], b[0]) and not torch.equal(b[0], c[0])
 
     assert ft.main([*ARGS, "--table"]) == 0 and capsys.readouterr().out == out
+    Path("runs/lora-5/lora-5.pt").unlink()  # its samples aren't another network's
+    with pytest.raises(SystemExit):  # lora-wide-5 still has its checkpoint
+        ft.main([*ARGS, "--rows", "new.csv", "--lr", "0.5"])
+    assert "lora-wide-5.pt is no checkpoint" in capsys.readouterr().err.splitlines()[-1]
+    assert not torch.equal(fid.read_images(Path("runs/lora-5/samples-100.npz"))[0], a[0])
+    Path("new.csv").unlink()
     monkeypatch.setattr(cm, "update", None)  # nothing is trained or measured again
     monkeypatch.setattr(fid, "evaluate", None)
     assert ft.main(ARGS) == 0 and capsys.readouterr().out == out
     for other, says in (("--lr 1", "other options"), ("--num-images 200", "other options"),
                         ("--ranks 5 2", "other options"), ("--seeds 6 --lr 1", "other options"),
                         ("--rows new.csv --pretrain-steps 1", "is at step 2 already"),
-                        ("--rows new.csv --lr 1", "lora-5.pt is no checkpoint to go on from")):
+                        ("--rows new.csv --lr 1", "lora-5.pt is no checkpoint to go on from"),
+                        ("--seeds 5 5", "different numbers"), ("--rows .", "directory")):
         with pytest.raises(SystemExit) as stopped:
             ft.main([*ARGS, *other.split()])
         err = capsys.readouterr().err.splitlines()
@@ -440,7 +461,7 @@ def test_a_tiny_pipeline_is_tuned_sampled_and_loaded_again(pipeline, tmp_path, m
     pipe = StableDiffusionPipeline.from_pretrained(
         pipeline[0], unet=UNet2DConditionModel.from_pretrained(directory / "cm-5" / "unet"),
         safety_checker=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     generators = [torch.Generator().manual_seed(cm.hashed_seed("image", 5, i)) for i in (1, 2)]
     images = pipe(["a realism painting", "a ukiyo e painting"], num_inference_steps=2,
                   guidance_scale=1.5, generator=generators, output_type="np").images

@@ -284,16 +284,80 @@ def test_guidance_and_noise_by_seed(monkeypatch):
     assert not torch.allclose(plain, setting.drawn("CM", 11, ["star"] * 3, 0))
 
 
+def test_captions_belong_to_their_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(t2i.Setting, "latents", lambda self, images: images)
+    seen = []
+    monkeypatch.setattr(t2i, "draw_batch", lambda *data: seen.append(data) or data)
+    monkeypatch.setattr(t2i, "loss_of", lambda *_: None)
+    monkeypatch.setattr(t2i, "fit", lambda net, loss, *_: (loss(), net)[1])
+    args = type("Args", (), dict(n_max=6, ir=2, vae_steps=1, steps=1, runs=tmp_path))
+    setting = t2i.Setting(args)
+    setting.trained("DDPM", 5)
+    images, labels, ids = seen[0]
+    assert labels.bincount().tolist() == setting.counts.tolist() == cm.class_counts(6, 2, 10)
+    for y, row, colour, place in zip(labels, ids, *shapes.read(images), strict=True):
+        words = [setting.words[i - 1] for i in row if i]
+        assert words[2] == colour and words[3] == cm.SHAPES[y]
+        assert words[4:4 + len(place.split())] == place.split()
+
+
+@pytest.mark.parametrize("guidance", [0, 1.5])
+def test_drawn_as_diffusers_ddim_draws(guidance, monkeypatch):
+    setting = t2i.Setting.__new__(t2i.Setting)
+    setting.words, setting.device = ["red", "star"], "cpu"
+    net = lambda x, t, ids: 0.3 * x + 0.1 * ids.float().mean(1)[:, None, None, None] * t / 1000
+    monkeypatch.setattr(setting, "trained", lambda *run: run == ("CM", 7) and net, raising=False)
+    monkeypatch.setattr(setting, "decoded", lambda x: x, raising=False)
+    x = setting.drawn("CM", 7, ["red star", "star"], guidance)
+    scheduler = diffusers.DDIMScheduler(1000, 1e-4, 0.02, clip_sample=False)
+    scheduler.set_timesteps(50)
+    expected = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(
+        cm.hashed_seed("image", 7, i))) for i in (0, 1)])
+    ids = torch.tensor([[1, 2, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0]])
+    for t in scheduler.timesteps:
+        eps = net(expected, t, ids)
+        eps = eps + guidance * (eps - net(expected, t, 0 * ids))
+        expected = scheduler.step(eps, t, expected).prev_sample
+    assert torch.allclose(x, expected, atol=1e-4) and x.std() > 0.1
+
+
+def test_readme_says_what_a_step_costs():
+    from torch.utils.flop_counter import FlopCounterMode
+    flops = []
+    for reserve in (False, True):
+        net, data = network(reserve), [torch.cat(4 * [v])[:32] for v in batch()]
+        with FlopCounterMode(display=False) as counter:
+            t2i.loss_of(net, *data, cm.class_weights(COUNTS)).backward()
+        flops.append(counter.get_total_flops() / 1e9)
+    readme = Path(__file__).with_name("README.md").read_text().replace("\n", " ")
+    plain, ours = flops
+    assert f"{ours:.2f} instead of {plain:.2f} GFLOPs" in readme
+    assert f"{ours / plain:.2f} plain steps" in readme
+
+
 def test_stopped_and_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
     small = {"BATCH": 2, "SAMPLE_STEPS": 1, "CHANNELS": (8, 16)}
     for name, value in small.items():
         monkeypatch.setattr(t2i, name, value)
     monkeypatch.setattr(fid, "train_classifier", functools.partial(fid.train_classifier, steps=1))
+    drawn, rates, losses, real = [], [], [], []
+    captioned_images, update, extract = shapes.captioned_images, cm.update, fid.extract
+    monkeypatch.setattr(shapes, "captioned_images", lambda n, seed: (
+        drawn.append((n, seed)), captioned_images(n, seed))[1])
+    monkeypatch.setattr(cm, "update", lambda loss, *rest: (
+        losses.append(loss.item()), rates.append(rest[2].param_groups[0]["lr"]),
+        update(loss, *rest)))
+    monkeypatch.setattr(fid, "extract", lambda net, images, what, **more: (
+        real.append((what, len(images))), extract(net, images, what, **more))[1])
     for folder in ("whole", "cut"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "whole")
     assert t2i.main(ARGS) == 0
     printed = capsys.readouterr().out
+    # trained on and compared with images of seed 0, captions of another seed; the judge is tested
+    assert drawn == [(4, 0), (1, 105), (100, 99)] and ("real images", 40) in real
+    assert losses[2] == losses[5]  # DDPM's first and CM's: weights, batch and noise are the same
+    assert rates == pytest.approx([t2i.LR * i / t2i.WARMUP for i in (1, 2, *2 * (1, 2, 3))])
 
     monkeypatch.chdir(tmp_path / "cut")
     loss_of, fit, calls = t2i.loss_of, t2i.fit, []
@@ -326,6 +390,13 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
         for part in ours.keys() - {"adam"}:
             assert all(torch.equal(ours[part][k], v) for k, v in theirs[part].items()), file
     check_training(torch.load("runs/CM-5.pt", weights_only=True)["state"])
+    args = type("Args", (), dict(n_max=4, ir=2, vae_steps=2, steps=3, runs=Path("runs")))
+    setting = t2i.Setting(args)
+    averaged = t2i.TextToImage(len(setting.words), True)
+    averaged.load_state_dict(torch.load("runs/CM-5.pt", weights_only=True)["state"]["ema"])
+    averaged = cm.merge(averaged).state_dict()
+    assert all(torch.equal(p, averaged[name])
+               for name, p in setting.trained("CM", 5).state_dict().items())
 
     monkeypatch.setattr(t2i, "fit", None)  # nothing is trained any more
     assert t2i.main([*ARGS, "--table"]) == 0 and capsys.readouterr().out == printed
@@ -388,7 +459,8 @@ def test_table_by_hand():
 @pytest.mark.parametrize("arguments, says", [
     (["--steps", "0"], "--steps is 0"), (["--steps", "x"], "invalid int"),
     (["--vae-steps", "0"], "--vae-steps is 0"), (["--n-max", "0"], "--n-max is 0"),
-    (["--num-images", "0"], "--num-images is 0"), (["--seeds", "-1"], "--seeds is -1"),
+    (["--num-images", "0"], "--num-images is 0"), (["--seeds", "-1"], "--seeds must be"),
+    (["--seeds", "5", "5"], "different numbers"), (["--rows", "."], "directory"),
     (["--ir", "0.5"], "imbalance ratio is 0.5"), (["--ir", "100"], "smallest class empty"),
     (["--table"], "has no rows"), (["--prompt", "a small purple star"], "unknown word"),
     (["--prompt", "a " * 8], "one too many"),
