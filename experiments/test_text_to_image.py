@@ -360,7 +360,7 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert rates == pytest.approx([t2i.LR * i / t2i.WARMUP for i in (1, 2, *2 * (1, 2, 3))])
 
     monkeypatch.chdir(tmp_path / "cut")
-    loss_of, fit, calls = t2i.loss_of, t2i.fit, []
+    loss_of, calls = t2i.loss_of, []
 
     def stopping(net, *args):
         calls.append(bool(cm.reserved_layers(net)))
@@ -376,7 +376,7 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert len(Path("rows.csv").read_text().splitlines()) == 3  # the autoencoder's and DDPM's
     with pytest.raises(SystemExit):
         t2i.main([*ARGS, "--prompt", "a small red star"])  # which would go on training
-    assert "CM-5.pt is no network of 3 steps" in capsys.readouterr().err and len(calls) == 5
+    assert "CM-5.pt isn't there, or not trained" in capsys.readouterr().err and len(calls) == 5
     monkeypatch.setattr(t2i, "loss_of", lambda *args: calls.append(2) or loss_of(*args))
     assert t2i.main(ARGS) == 0 and calls[5:] == [2]  # one step was left
     assert capsys.readouterr().out == printed
@@ -398,12 +398,11 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert all(torch.equal(p, averaged[name])
                for name, p in setting.trained("CM", 5).state_dict().items())
 
-    monkeypatch.setattr(t2i, "fit", None)  # nothing is trained any more
+    monkeypatch.setattr(t2i, "loss_of", None)  # nothing is trained any more
     assert t2i.main([*ARGS, "--table"]) == 0 and capsys.readouterr().out == printed
     with pytest.raises(SystemExit):
         t2i.main([*ARGS, "--num-images", "2"])
     assert "other options" in capsys.readouterr().err
-    monkeypatch.setattr(t2i, "fit", fit)
     t2i.main([*ARGS, "--prompt", "a small red star, upper left"])
     assert Path("runs/prompt.png").is_file()
 
@@ -464,7 +463,7 @@ def test_table_by_hand():
     (["--ir", "0.5"], "imbalance ratio is 0.5"), (["--ir", "100"], "smallest class empty"),
     (["--table"], "has no rows"), (["--prompt", "a small purple star"], "unknown word"),
     (["--prompt", "a " * 8], "one too many"),
-    (["--prompt", "a star"], "DDPM-5.pt is no network of 3 steps")])
+    (["--prompt", "a star"], "autoencoder-0.pt isn't there")])
 def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:

@@ -1,7 +1,7 @@
 """Text to image (Tab. G.11): latent diffusion from scratch on captions, long-tailed; DDPM and CM.
 
     python -m experiments.text_to_image             # what has no row yet, and the picture
-    python -m experiments.text_to_image --table     # only the tables
+    python -m experiments.text_to_image --table     # only the tables, and the picture
     python -m experiments.text_to_image --prompt "a small red star, upper left"   # after the first
 
 Networks keep checkpoints in --runs and go on from them. FD: Fréchet distance from the balanced set
@@ -36,7 +36,6 @@ SAMPLE_STEPS = 50  # of DDIM
 AUTOENCODER = "autoencoder"
 METHODS = ("DDPM", "CM")
 POINTS = ((AUTOENCODER, 0), *((method, w) for w in (0, 1) for method in METHODS))  # guidance w
-KEY = ["method", "guidance", "seed"]
 SPLITS = ("overall", "Many", "Medium", "Few")
 SHOWN = {f"FD {name}": 1 for name in SPLITS} | {f"shape {name}": 3 for name in SPLITS} | {
     f"{kind} {name}": 3 for kind in ("colour", "place") for name in ("overall", "Few")}
@@ -141,7 +140,7 @@ class Setting:
             error = F.mse_loss(vae.decode(posterior.sample()).sample, x)
             return error + 1e-6 * posterior.kl().mean()  # Stable Diffusion's weight
 
-        ema = fit(vae, loss, self.path("autoencoder", 0), self.args.vae_steps, 0, self.data)
+        ema = fit(vae, loss, self.path(AUTOENCODER, 0), self.args.vae_steps, 0, self.data)
         return ema, latents_of(self.images[self.index], ema, self.device).std()
 
     def latents(self, images):
@@ -157,6 +156,15 @@ class Setting:
 
     def path(self, method, seed):
         return self.args.runs / f"{method}-{seed}.pt"
+
+    def lacking(self):
+        """A network that pictures need and that isn't trained to its end, or None."""
+        needed = {self.path(AUTOENCODER, 0): self.args.vae_steps} | {
+            self.path(method, self.args.seeds[0]): self.args.steps for method in METHODS}
+        for path, steps in needed.items():
+            if not path.is_file() or common.load_state({}, path, {}) != steps:
+                return path
+        return None
 
     def trained(self, method, seed):
         """The network after --steps, merged; of its weights the moving average."""
@@ -210,26 +218,20 @@ class Setting:
         return row
 
 
-def study(args):
-    """Each method, guidance and seed that lacks a row, then the picture. Raises ValueError."""
-    setting = Setting(args)
+def study(setting):
+    """Each method, guidance and seed that lacks a row. Raises ValueError."""
+    args = setting.args
     options = f"{setting.data} --steps {args.steps} --num-images {args.num_images}"
-    rows = common.read_rows(args.rows, options)
-    done = set() if rows.empty else set(rows[KEY].itertuples(index=False, name=None))
     for seed in args.seeds:
         # as many images of each class, with captions of their own
         images, captions, labels = shapes.captioned_images(args.num_images, seed=100 + seed)
         for method, guidance in POINTS:
-            if (method, str(guidance), str(seed)) not in done:
+            key = dict(method=method, guidance=guidance, seed=seed)
+            if not common.has_row(args.rows, options, **key):
                 x = (setting.decoded(setting.latents(images)) if method == AUTOENCODER else
                      setting.drawn(method, seed, captions, guidance))
-                row = dict(method=method, guidance=guidance, seed=seed, options=options)
-                new = common.text([row | setting.scores(x, captions, labels)])
-                rows = common.replace_rows(rows, new, KEY)
-                common.write_rows(args.rows, rows)
-    if all(setting.path(method, args.seeds[0]).is_file() for method in METHODS):
-        firsts = np.unique(setting.labels, return_index=True)[1]  # an image of each shape
-        draw(setting, [setting.captions[i] for i in firsts], args.assets / "text_to_image.png")
+                scores = setting.scores(x, captions, labels)
+                common.add_rows(args.rows, options, [key | scores])
 
 
 def draw(setting, captions, path, columns=6):
@@ -276,18 +278,22 @@ def main(argv=None):
     try:
         for name in ("n_max", "steps", "vae_steps", "num_images"):
             cm.check(getattr(args, name) >= 1, name, getattr(args, name), "at least 1")
+        rows = common.read_table(args.rows, SHOWN) if args.table else None
+        setting = Setting(args)
         if args.prompt is not None:
-            setting = Setting(args)
             shapes.word_ids([args.prompt], setting.words)  # for its checks
-            for path in (setting.path(method, args.seeds[0]) for method in METHODS):
-                if not path.is_file() or common.load_state({}, path, {}) != args.steps:
-                    raise ValueError(f"{path} is no network of {args.steps} steps; leave --prompt "
-                                     "away to train it, or type its --steps")
+            if setting.lacking():
+                raise ValueError(f"{setting.lacking()} isn't there, or not trained to its end; "
+                                 "leave --prompt away to train it, or type its --steps")
             draw(setting, [args.prompt], args.runs / "prompt.png")
             return 0
         if not args.table:
-            study(args)
-        print(table(common.numbers(common.read_table(args.rows), ("method", "options"))))
+            study(setting)
+            rows = common.read_table(args.rows, SHOWN)
+        print(table(common.numbers(rows, ("method", "options"))))
+        if not setting.lacking():
+            firsts = np.unique(setting.labels, return_index=True)[1]  # an image of each shape
+            draw(setting, [setting.captions[i] for i in firsts], args.assets / "text_to_image.png")
         return 0
     except (ValueError, OSError, ImportError) as e:
         cm.fail(e)
