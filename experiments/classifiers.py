@@ -29,15 +29,17 @@ class Images(NamedTuple):
 def read(dataset, data, size, n_max, ir, device, validation=False):
     """(Images for training, the long-tailed ones of cm.py; the test set's Images; class names).
 
-    validation: instead of the test set, of each class the last 500 training images (at most a fifth
-    of the smallest class) in the order whose first ones the split takes; where it would reach them
-    n_max is lowered. Raises ValueError."""
+    size: side of the images. validation: images that are judged instead of the test set's. The
+    split takes the first of each class's images in a shuffled order; validation takes the last 500
+    of that order, at most a fifth of the smallest class. Where the two would overlap n_max is
+    lowered (CIFAR-100: to 400). Raises ValueError."""
     arrays, labels, names = cm.load_dataset(dataset, data, size)
     if validation:
         smallest = int(np.bincount(labels).min())
         spare = min(500, smallest // 5)
         n_max = min(n_max or smallest, smallest - spare)
-        order = cm.long_tail_indices(labels, 1, n_max=smallest).reshape(len(names), smallest)
+        order = cm.long_tail_indices(labels, 1, n_max=smallest)  # ir = 1: as many of each class
+        order = order.reshape(len(names), smallest)
         index = order[:, smallest - spare:].ravel()
         judged = arrays[index], labels[index]
     else:
@@ -64,7 +66,7 @@ SCALE = 30  # LDAM's s
 
 
 class CosineHead(nn.Module):
-    """Logits s cos(h, w_k): LDAM's normalised last layer (Cao et al. 2019)."""
+    """[B, width] -> logits s cos(h, w_k) [B, K]: LDAM's normalised last layer (Cao et al. 2019)."""
 
     def __init__(self, width, num_classes):
         super().__init__()
@@ -76,7 +78,7 @@ class CosineHead(nn.Module):
 
 class Network(nn.Module):
     """Four stages of torchvision's BasicBlocks behind a 3x3 stem without max-pooling: images
-    [B, C, H, W] in [-1, 1] -> logits [B, classes]. "resnet18" is torchvision's otherwise."""
+    [B, C, H, W] in [-1, 1] -> logits [B, K]. Apart from its stem "resnet18" is torchvision's."""
 
     def __init__(self, name, channels, num_classes, cosine=False):
         super().__init__()
@@ -98,7 +100,7 @@ class Network(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def tail(self, h):
-        """Logits of the stem's output."""
+        """Logits [B, K] of the stem's output [B, width, H, W]."""
         return self.head(self.stages(h).mean((2, 3)))
 
     def forward(self, x):
@@ -111,7 +113,7 @@ def statistics_kept(module):
     ones stay as they are."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
-        m.track_running_stats = False
+        m.track_running_stats = False  # in training mode: leave the buffers as they are
     try:
         yield
     finally:
@@ -165,8 +167,9 @@ def shifted(logits, y, counts, base):
 
 
 def weights(counts, base, late):
-    """A weight for each class [K], of mean 1: all 1, or in the last fifth (`late`) of LDAM-DRW over
-    the effective number of samples, (1 - beta^n) / (1 - beta), beta = 0.9999 (Cui et al. 2019)."""
+    """A weight for each class [K], of mean 1: all 1, or in the last fifth (`late`) of LDAM-DRW
+    proportional to 1 over the effective number of samples, (1 - beta^n) / (1 - beta), beta = 0.9999
+    (Cui et al. 2019)."""
     if base != "LDAM-DRW" or not late:
         return torch.ones_like(counts)
     weight = 1 / (1 - 0.9999**counts.double())
@@ -177,7 +180,7 @@ def losses(net, x, y, counts, base, how=None, late=False):
     """Eq. (4) of a batch, lam = 1: (total [], base loss [B], L_CM [B]).
 
     x [B, C, H, W]; y [B]; counts [K] float; how: None for the plain network. L_CM compares outputs
-    without LDAM's margin or LA's prior. theta and theta_g share the stem, where BA is nil."""
+    without LDAM's margin or LA's prior. theta and theta_g share the stem, which has no BA."""
     h = net.stem(x)
     if how is not None:
         with statistics_kept(net.stages), cm.general_only(net.stages):
@@ -197,13 +200,15 @@ def losses(net, x, y, counts, base, how=None, late=False):
 # ------------------------------------------------------------------------------------------------
 # Training and accuracies
 
-BATCH, LR, MOMENTUM, DECAY = 128, 0.1, 0.9, 2e-4  # Cao et al.'s
+BATCH, LR, MOMENTUM, DECAY = 128, 0.1, 0.9, 2e-4  # Cao et al.'s; their rate falls in two steps
+AUGMENTED = ("cifar10", "cifar100")
 
 
 def augmented(x):
     """Images [B, C, H, W] padded by an eighth of the side and cropped at random, half flipped."""
     side, pad = x.shape[3], x.shape[3] // 8
-    windows = F.pad(x, 4 * (pad,), value=-1.0).unfold(2, side, 1).unfold(3, side, 1)
+    padded = F.pad(x, (pad, pad, pad, pad), value=-1.0)  # black
+    windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # [B, C, row, column, side, side]
     row, column = torch.randint(2 * pad + 1, (2, len(x)), device=x.device)
     x = windows[torch.arange(len(x), device=x.device), :, row, column]
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
@@ -224,12 +229,15 @@ def fit(name, training, counts, base, seed, steps, path, options, how=None, bala
         cm.reserve_capacity(net.stages, how.rank_ratio)
     net = cm.lay_out(net, device).train()
     sgd = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=DECAY)
-    share = 1 / torch.bincount(training.labels)[training.labels].double()
+    n, of_class = len(training.labels), torch.bincount(training.labels)
 
     def step(i):
         sgd.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * (i - 1) / steps)) / 2
-        index = (torch.multinomial(share, BATCH, replacement=True) if balanced else
-                 batch_of(i, BATCH, len(share), seed).to(device))
+        if balanced:
+            weight = 1 / of_class[training.labels].double()
+            index = torch.multinomial(weight, BATCH, replacement=True)
+        else:
+            index = batch_of(i, BATCH, n, seed).to(device)
         x = cm.to_float(training.images[index])
         x = augmented(x) if augment else x
         loss = losses(net, x, training.labels[index], counts, base, how, i > 0.8 * steps)[0]
@@ -248,3 +256,31 @@ def confusion(net, judged, num_classes, batch=500):
     seen = torch.cat([net(cm.to_float(part)).argmax(1) for part in judged.images.split(batch)])
     pairs = judged.labels * num_classes + seen
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, -1).cpu()
+
+
+def by_shots(counts):
+    """{"Many": classes of more than 100 training images, "Medium": of 20 to 100, "Few": of fewer}:
+    Tab. G.13's groups, since its overall accuracies are the means of its other three, weighted by
+    35, 35 and 30 classes at IR 100, by 30, 31 and 39 at IR 200."""
+    counts = np.asarray(counts)
+    return {"Many": np.flatnonzero(counts > 100), "Few": np.flatnonzero(counts < 20),
+            "Medium": np.flatnonzero((counts >= 20) & (counts <= 100))}
+
+
+def accuracies(net, judged, groups, kind):
+    """{"accuracy Few": ...} of a plain network on Images, of each group of classes, and overall:
+    means over the classes. kind: "accuracy" or, of theta_g, "general"."""
+    num_classes = sum(len(k) for k in groups.values())
+    found = confusion(net, judged, num_classes)
+    recalls = found.diag() / found.sum(1)
+    groups = groups | {"overall": np.arange(num_classes)}
+    return {f"{kind} {name}": recalls[k].mean().item() for name, k in groups.items()}
+
+
+def macro(found):
+    """(precision, recall), means over the classes, of a confusion matrix [K, K] with true classes
+    in rows. A class that is never predicted has precision 0."""
+    right = found.diag().double()
+    precision = right / found.sum(0).clamp(min=1)  # of those taken for the class
+    recall = right / found.sum(1).clamp(min=1)  # of the class's own
+    return precision.mean().item(), recall.mean().item()

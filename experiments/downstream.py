@@ -1,7 +1,7 @@
 """Are the generated images of use? A classifier trained with them, as in Tab. G.8.
 
     python -m experiments.downstream --data /usr/share/datasets/fashion-mnist
-    python -m experiments.downstream --data DIR --samples mine.npz   # yours in place of ours
+    python -m experiments.downstream --data DIR --samples mine.npz   # your images; beside our rows
     python -m experiments.downstream --table        # only the tables and assets/downstream.png
 
 The classifier of classification.py, for as many steps each: on the long-tailed set alone; with five
@@ -14,7 +14,9 @@ classifier that was trained on the whole balanced set sees a generated image's c
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -27,23 +29,26 @@ import fid
 from experiments import classifiers, common
 
 ALONE = {"real images": ("CE", False), "re-sampling": ("CE", True), "LA": ("LA", False)}
-REWEIGHTED = ("re-sampling", "LA")
+# without a generator, {setting: (base loss, whether batches are balanced)}
+REBALANCED = ("re-sampling", "LA")
 GENERATORS = {"DDPM": "--no-cm", "RS": "--no-cm --resample 0.5", "CM": ""}  # as in study.py
 GUIDANCE = (0, 1)
-PER_REAL = 5  # generated images for each real one; the paper's are 50,000 and 10,847
+PER_REAL = 5  # generated images for each real one; the paper's are 50,000 for 10,847
+STUDY = dict(n_max="1000", steps="6000", warmup="100")  # its options for cm.py, on Fashion-MNIST
 MILESTONE = 1500  # a step at which the study wants a checkpoint, too
 SHOWN = ("precision", "recall", "recall Many", "recall Medium", "recall Few")
 LABELS = ("label accuracy", "label accuracy Few")
-KEY = ["setting", "guidance", "seed"]
+KEY = ["setting", "guidance", "seed"]  # a run's
 WORDS = ("setting", "options")
 UNUSED = ("unconditional", "no_cm", "resample", "base", "cbdm_prior", "seed", "amp", "compile",
-          "run", "sampling")  # of cm.py's options
+          "run", "sampling")  # options of cm.py, and groups of them, that would have no effect
 PAPER = {"CM − DDPM": "+2.50, +4.44", "CM − real images": "+5.98, +9.53",  # Tab. G.8, points:
          "DDPM − real images": "+3.48, +5.09"}  # differences in precision and in recall
 
 
 class Setup:
-    """What all runs share: data, counts a class and the judge of labels."""
+    """What all runs share: training and test Images, counts a class, the judge of labels, and the
+    files of --samples by the names of their settings, which change with what they hold."""
 
     def __init__(self, args, config, flags):
         self.args, self.config, self.flags = args, config, flags
@@ -53,12 +58,15 @@ class Setup:
                                                            self.device)
         self.counts = torch.bincount(self.training.labels, minlength=len(names)).tolist()
         self.total = PER_REAL * sum(self.counts)
+        self.given = {}
         for path in args.samples:
-            self.read(path)  # for its checks
+            digest = hashlib.sha256(self.read(path).images.cpu().numpy().tobytes()).hexdigest()
+            self.given[f"{path.stem} ({digest[:6]})"] = path
         self.whole = cm.on_device(*cm.load_dataset(*options)[:2], "cpu")
 
     def judge(self):
-        """A classifier that was trained on the whole balanced set: fid.py's, of another seed."""
+        """A classifier that was trained on the whole balanced set: fid.py's, of another seed than
+        those of FD (0 and, in the study, 1)."""
         return common.judge(*self.whole, [x.cpu() for x in self.test], len(self.counts),
                             self.device, self.args.runs / "judge", seed=2)
 
@@ -81,45 +89,46 @@ class Setup:
         images, labels, _ = fid.read_images(path)
         shape, classes = self.training.images.shape[1:], len(self.counts)
         if labels is None or labels.max() >= classes or images.shape[1:] != shape:
-            raise ValueError(f"{path} must hold images [C, H, W] = {list(shape)} and, in arr_1, "
-                             f"labels below {classes}")
-        taken = torch.cat([torch.where(labels == k)[0][:len(range(k, self.total, classes))]
-                           for k in range(classes)])
-        if len(taken) < self.total:
-            raise ValueError(f"{path} has too few images of a class; python cm.py --sample "
-                             f"CHECKPOINT --num-images {self.total} draws as many as are needed")
+            channels, height, width = shape
+            raise ValueError(f"{path}: arr_0 must be uint8 [N, {height}, {width}, {channels}], "
+                             f"arr_1 labels from 0 to {classes - 1}")
+        taken = []
+        for k in range(classes):  # as many as cm.generate draws of a class
+            of_class = torch.where(labels == k)[0]
+            needed = self.total // classes + (k < self.total % classes)
+            if len(of_class) < needed:
+                raise ValueError(f"{path} has {len(of_class)} images of class {k}; it needs "
+                                 f"{needed}, {self.total} in all")
+            taken.append(of_class[:needed])
+        taken = torch.cat(taken)
         return classifiers.Images(images[taken].to(self.device), labels[taken].to(self.device))
 
-    def measure(self, setting, guidance, seed, path, options):
-        """A row: train with a setting's images, checkpoint at `path`, and test."""
+    def measure(self, setting, guidance, seed, checkpoint, options):
+        """A row: train with a setting's images and test. guidance: 0 or 1, "" without a generator
+        of ours; `checkpoint`: where the classifier's lies while it is trained."""
         training, row = self.training, {}
         if setting not in ALONE:
-            given = {path.stem: path for path in self.args.samples}
-            if not given:
-                turn = self.args.seeds.index(seed) % len(self.args.generator_seeds)
+            file = self.given.get(setting)
+            if file is None:
+                turn = seed % len(self.args.generator_seeds)
                 row["generator seed"] = self.args.generator_seeds[turn]
-                given[setting] = self.samples(setting, guidance, row["generator seed"])
-            new = self.read(given[setting])
+                file = self.samples(setting, guidance, row["generator seed"])
+            new = self.read(file)
             seen = fid.extract(self.judge(), new.images, "judging")[1].argmax(1)
             right = (seen == new.labels).cpu().double()
             few = torch.isin(new.labels.cpu(), torch.as_tensor(cm.splits(self.counts)["Few"]))
             row |= dict(zip(LABELS, (right.mean().item(), right[few].mean().item()), strict=True))
-            training = classifiers.Images(*map(torch.cat, zip(training, new, strict=True)))
+            training = classifiers.Images(torch.cat([training.images, new.images]),
+                                          torch.cat([training.labels, new.labels]))
         base, balanced = ALONE.get(setting, ALONE["real images"])
         net = classifiers.fit(self.args.network, training, self.counts, base, seed,
-                              self.args.classifier_steps, path, options, balanced=balanced,
-                              augment=self.config.dataset != "fashion")
+                              self.args.classifier_steps, checkpoint, options,
+                              balanced=balanced,
+                              augment=self.config.dataset in classifiers.AUGMENTED)
         found = classifiers.confusion(net, self.test, len(self.counts))
-        row["precision"], row["recall"] = macro(found)
+        row["precision"], row["recall"] = classifiers.macro(found)
         return row | {f"recall {name}": (found.diag() / found.sum(1))[k].mean().item()
-                      for name, k in cm.splits(self.counts).items()} | {"options": options}
-
-
-def macro(found):
-    """(precision, recall), means over the classes, of a confusion matrix [K, K] with true classes
-    in rows. A class that is never predicted has precision 0."""
-    right = found.diag().double()
-    return [(right / found.sum(axis).clamp(min=1)).mean().item() for axis in (0, 1)]
+                      for name, k in cm.splits(self.counts).items()}
 
 
 def study(args, config, flags):
@@ -129,14 +138,15 @@ def study(args, config, flags):
         for name in ("classifier_steps", "generator_seeds", "network", "sampler"))
     common.read_rows(args.rows, options)  # for its checks
     setup = Setup(args, config, flags)
-    settings = [(name, "") for name in [*ALONE, *(path.stem for path in args.samples)]]
-    settings += () if args.samples else itertools.product(GENERATORS, GUIDANCE)
+    settings = [(name, "") for name in [*ALONE, *setup.given]]
+    if not args.samples:
+        settings += itertools.product(GENERATORS, GUIDANCE)
     runs = [(*setting, seed) for seed in args.seeds for setting in settings]
     for number, run in enumerate(runs, 1):
         key = dict(zip(KEY, run, strict=True))
         if not common.has_row(args.rows, options, **key):
             print(f"run {number} of {len(runs)}", file=sys.stderr)
-            path = args.runs / ("-".join(map(str, run)).replace(" ", "_") + ".pt")
+            path = args.runs / (re.sub(r"[^\w]+", "-", "-".join(map(str, run))) + ".pt")
             common.add_rows(args.rows, options, [key | setup.measure(*run, path, options)])
             path.unlink(missing_ok=True)
 
@@ -154,10 +164,10 @@ def table(rows):
     runs = by_setting(rows)
     values = [{"trained on": name, "seeds": len(run)} | {
         s: common.spread(run[s], 1) for s in (*LABELS, *SHOWN)} for name, run in runs.items()]
-    pairs = [(name, "real images") for name in REWEIGHTED]
-    for name in (name for name in runs if name not in ALONE):
-        pairs += [(name, other) for other in (*ALONE, name.replace("CM,", "DDPM,"))
-                  if other != name]
+    pairs = [(name, "real images") for name in REBALANCED]
+    pairs += itertools.product((name for name in runs if name not in ALONE), ALONE)
+    for w in GUIDANCE:
+        pairs += [(f"CM, guidance {w}", f"{other}, guidance {w}") for other in ("DDPM", "RS")]
     differences = [{"difference": f"{ours} − {theirs}"} | {
         s: common.interval(*common.difference(runs[ours][s], runs[theirs][s])[:2], 1)
         for s in ("precision", "recall", "recall Few")} | {
@@ -170,14 +180,14 @@ def table(rows):
 
 
 def verdict(runs):
-    """Does generating beat re-weighting? The best of each, by recall."""
-    sides = [name for name in runs if name not in ALONE], [n for n in REWEIGHTED if n in runs]
+    """Does generating beat re-balancing? The best of each, by recall."""
+    sides = [name for name in runs if name not in ALONE], [n for n in REBALANCED if n in runs]
     if not all(sides):
-        return "Does generating beat re-weighting? Not run."
+        return "Does generating beat re-balancing? Not run."
     ours, theirs = (max(side, key=lambda name: runs[name]["recall"].mean()) for side in sides)
     mean, half, seeds = common.difference(runs[ours]["recall"], runs[theirs]["recall"])
     answer = "Undecided" if not abs(mean) > half else "Yes" if mean > 0 else "No"
-    return (f"Does generating beat re-weighting? {answer}: recall of the best with generated "
+    return (f"Does generating beat re-balancing? {answer}: recall of the best with generated "
             f"images ({ours}) − the best without ({theirs}) = {common.interval(mean, half, 1)}, "
             f"{seeds} seed(s). These very numbers picked each side's best.")
 
@@ -202,23 +212,28 @@ def draw(rows, path):
 
 def main(argv=None):
     parser = common.parser("downstream", __doc__, seeds=range(10, 15))
-    parser.add_argument("--generator-seeds", type=int, nargs="+", default=[11, 12])
-    parser.add_argument("--generators", type=Path, default=Path("runs/study"))
-    parser.add_argument("--samples", type=Path, nargs="+", default=[], metavar="NPZ")
-    parser.add_argument("--sampler", choices=["ddim", "dpm"], default="dpm")
-    parser.add_argument("--network", choices=list(classifiers.NETWORKS), default="small")
-    parser.add_argument("--classifier-steps", type=int, default=2000)
+    parser.add_argument("--generator-seeds", type=int, nargs="+", default=[11, 12],
+                        help="of the generators, in turn: even --seeds take the first of two, odd "
+                             "ones the second [default: 11 12]")
+    parser.add_argument("--generators", type=Path, default=Path("runs/study"),
+                        help="the study's --runs; generators it lacks are trained there")
+    parser.add_argument("--samples", type=Path, nargs="+", default=[], metavar="NPZ",
+                        help="your images: uint8 arr_0 [N, H, W, C], labels arr_1; a setting each")
+    parser.add_argument("--sampler", choices=["ddim", "dpm"], default="dpm",
+                        help="15-step DPM-Solver++ or 50-step DDIM [default: dpm]")
+    parser.add_argument("--network", choices=list(classifiers.NETWORKS), default="small",
+                        help="the classifier, see classification.py [default: small]")
+    parser.add_argument("--classifier-steps", type=int, default=2000,
+                        help="SGD steps of each classifier [default: 2000]")
     args, flags = parser.parse_known_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads
     try:
-        flags, config, _ = common.configured(flags, UNUSED, n_max="1000", steps="6000",
-                                             warmup="100")
-        names = [*ALONE, *GENERATORS, *(path.stem for path in args.samples)]
-        if len(set(names)) < len(names):
-            raise ValueError(f"--samples: names must differ, also from {', '.join(names[:6])}")
-        for name in ("classifier_steps", "seeds", "generator_seeds"):
-            least = np.min(getattr(args, name))
-            cm.check(least >= (name == "classifier_steps"), name, least, "larger")
+        other = re.search(r"--dataset[ =](?!fashion)", " ".join(flags))
+        flags, config, _ = common.configured(flags, UNUSED, **({} if other else STUDY))
+        cm.check(args.classifier_steps >= 1, "classifier_steps", args.classifier_steps,
+                 "at least 1")
+        cm.check(min(args.generator_seeds) >= 0, "generator_seeds", min(args.generator_seeds),
+                 "at least 0")
         if not args.table:
             study(args, config, flags)
         rows = common.numbers(common.read_table(args.rows), WORDS)

@@ -326,9 +326,21 @@ def test_confusion_and_accuracies():
 
     found = classifiers.confusion(net, judged, 4, batch=3)
     assert found.tolist() == [[2, 0, 0, 0], [0, 2, 0, 0], [0, 2, 0, 0], [2, 0, 0, 2]]
-    result = cls.accuracies(net, judged, [9, 5, 3, 1], "accuracy")
+    result = classifiers.accuracies(net, judged, cm.splits([9, 5, 3, 1]), "accuracy")
     assert result == {"accuracy Many": 1.0, "accuracy Medium": 1.0, "accuracy Few": 0.25,
                       "accuracy overall": 0.625}
+
+
+@pytest.mark.parametrize("ir, sizes", [(100, [35, 35, 30]), (200, [30, 31, 39])])
+def test_the_papers_overall_accuracies_are_those_of_its_groups(ir, sizes):
+    groups = classifiers.by_shots(cm.class_counts(500, ir, 100))
+    assert [len(groups[name]) for name in cls.SPLITS[:3]] == sizes
+    assert sorted(np.concatenate(list(groups.values()))) == list(range(100))
+    for *parts, overall in cls.PAPER[ir].values():
+        assert np.dot(parts, sizes) / 100 == pytest.approx(overall, abs=0.02)
+    edges = classifiers.by_shots([101, 100, 20, 19])
+    assert {name: k.tolist() for name, k in edges.items()} == {
+        "Many": [0], "Medium": [1, 2], "Few": [3]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -393,16 +405,22 @@ def test_what_is_trained_and_for_how_long(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(classifiers, "fit", fit)
     images = classifiers.Images(torch.zeros(300, 1, 16, 16, dtype=torch.uint8),
-                                torch.tensor([0] * 200 + [1] * 100))
+                                torch.tensor([0] * 199 + [1] * 101))
     key = dict(zip(cls.KEY, ("test", "LA", *HOW, 5), strict=True))
     for dataset, augment in (("fashion", False), ("cifar100", True)):
         args = SimpleNamespace(epochs=3, dataset=dataset, network="small", runs=tmp_path)
         found = cls.measure(args, key, HOW, (images, images, ["a", "b"]), "options")
-        assert found["status"] == "not finite at step 9" and found["options"] == "options"
+        assert found["status"] == "not finite at step 9"
         (network, training, counts, base, seed, steps, path, options, how), more = calls[-1]
         assert (network, base, seed, how, options) == ("small", "LA", 5, HOW, "options")
-        assert training is images and counts.tolist() == [200, 100] and path.parent == tmp_path
+        assert training is images and counts.tolist() == [199, 101] and path.parent == tmp_path
         assert steps == 8 and more == {"augment": augment}  # 3 * 300 / 128 = 7.03
+        with monkeypatch.context() as patch:
+            patch.setattr(classifiers, "fit", lambda *_, **__: torch.nn.Identity())
+            patch.setattr(classifiers, "accuracies", lambda net, judged, groups, kind: {
+                f"{kind} of": [len(groups[name]) for name in cls.SPLITS[:3] if name in groups]})
+            found = cls.measure(args, key, None, (images, images, ["a", "b"]), "options")
+        assert found["accuracy of"] == ([2, 0, 0] if dataset == "cifar100" else [1, 1])
     monkeypatch.setattr(cls, "study", lambda args: calls.append(args))
     for dataset, n_max in (("fashion", 1000), ("cifar100", None)):
         with pytest.raises(SystemExit):
@@ -483,6 +501,7 @@ def test_a_run_that_ran_off_is_a_row(shapes, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, says", [
     ("--epochs 0", "--epochs"), ("--seeds -1", "--seeds"), ("--seeds x", "invalid int"),
+    ("--seeds 5 5", "different numbers"),
     ("--ir 0.5", "imbalance ratio"), ("--n-max 0", "--n-max"), ("--n-max 2000", "--n-max 2000"),
     ("--bases OC", "invalid choice"), ("--dataset folder", "invalid choice"),
     ("--dataset fashion --data none", "none"), ("--steps 3", "unrecognized"),

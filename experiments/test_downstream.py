@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -43,8 +44,8 @@ def small(monkeypatch):
                         lambda *a, **options: train(*a, **options | {"steps": 2}))
 
 
-def write_npz(path, labels, side=8, channels=3, **more):
-    images = np.random.RandomState(0).randint(256, size=(len(labels), side, side, channels))
+def write_npz(path, labels, side=8, channels=3, seed=0, **more):
+    images = np.random.RandomState(seed).randint(256, size=(len(labels), side, side, channels))
     np.savez(path, arr_0=images.astype(np.uint8), **more)
 
 
@@ -55,7 +56,7 @@ def test_macro_precision_and_recall_are_scikit_learns():
     found = torch.from_numpy(metrics.confusion_matrix(true, predicted))
     theirs = metrics.precision_recall_fscore_support(true, predicted, average="macro",
                                                      zero_division=0)[:2]
-    assert down.macro(found) == pytest.approx(theirs)
+    assert classifiers.macro(found) == pytest.approx(theirs)
     assert theirs[0] != pytest.approx(theirs[1], abs=1e-3)
 
 
@@ -96,7 +97,7 @@ def test_training_sets_are_of_the_right_size_and_balance(tmp_path, monkeypatch):
     for (setting, seed), call in calls.items():
         training = call["training"]
         assert call["counts"] == COUNTS and call["steps"] == 3 and call["seed"] == seed
-        assert call["base"] == ("LA" if setting == "LA" else "CE") and call["augment"]
+        assert call["base"] == ("LA" if setting == "LA" else "CE") and not call["augment"]
         assert call["balanced"] == (setting == "re-sampling")
         assert torch.equal(training.images[:len(real.images)], real.images)
         assert torch.equal(training.labels[:len(real.images)], real.labels)
@@ -124,13 +125,18 @@ def test_samples_of_ones_own_take_the_generators_place(tmp_path, monkeypatch, ca
     runs = [*down.ALONE, "mine"]
     calls = trained_on(monkeypatch, [*ARGS, "--samples", "mine.npz"], runs)
     assert len(calls["mine"]["training"].labels) == sum(COUNTS) + TOTAL
+    trained_on(monkeypatch, [*ARGS, "--samples", "mine.npz"], [])  # it has its row
     row = common.read_rows(Path("rows.csv")).iloc[-1]
     nines = (labels == 9).sum()
-    assert (row["setting"], row["guidance"]) == ("mine", "") and "generator seed" not in row
+    assert re.fullmatch(r"mine \([0-9a-f]{6}\)", row["setting"])
+    assert row["guidance"] == "" and "generator seed" not in row
     assert float(row["label accuracy"]) == pytest.approx(1 - nines / TOTAL, abs=1e-5)
     few = np.isin(labels, cm.splits(COUNTS)["Few"]).sum()
     assert float(row["label accuracy Few"]) == pytest.approx(1 - nines / few, abs=1e-5)
     assert "mine" in capsys.readouterr().out and not Path("gen").exists()
+    write_npz("mine.npz", labels, arr_1=labels, seed=9)  # other images: another row
+    calls = trained_on(monkeypatch, [*ARGS, "--samples", "mine.npz"], ["mine"])
+    assert common.read_rows(Path("rows.csv"))["setting"].nunique() == len(down.ALONE) + 2
 
 
 def test_the_judge_is_trained_on_the_whole_balanced_set(tmp_path, monkeypatch):
@@ -154,7 +160,7 @@ def test_the_judge_is_trained_on_the_whole_balanced_set(tmp_path, monkeypatch):
     monkeypatch.setattr(classifiers, "fit", lambda *a, **how: (
         calls.append(how["augment"]), classifiers.Network("small", 3, 10).eval())[1])
     args.network, args.classifier_steps = "small", 3
-    for dataset in ("shapes", "fashion"):  # whose shoes all point one way
+    for dataset in ("cifar10", "fashion"):  # whose shoes all point one way
         setup.config = cm.Config(dataset=dataset)
         setup.measure("LA", "", 5, tmp_path / "x.pt", "")
     assert calls == [True, False]
@@ -249,7 +255,7 @@ def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(tmp_path, monke
         assert Path("downstream.png").is_file() and not list(Path("runs").glob("*.pt"))
     assert results["whole"] == results["stopped"]
     rows, out = results["whole"]
-    assert len(rows.splitlines()) == 7 and "Does generating beat re-weighting?" in out
+    assert len(rows.splitlines()) == 7 and "Does generating beat re-balancing?" in out
     samples = {path.name: fid.read_images(path)[0] for path in Path("runs").glob("*.npz")}
     assert set(samples) == {f"12-{name}-5-dpm-g1.npz" for name in down.GENERATORS}
     assert all(len(images) == TOTAL for images in samples.values())
@@ -295,7 +301,7 @@ def test_the_verdict(generated, answer, says):
     others = dict(real=[0.9] * 3, LA=[0.6] * 3, CM_0=[0.502] * 3)
     runs = down.by_setting(rows_of(**others, **{"re-sampling": [0.55] * 3}, CM_1=generated))
     text = down.verdict(runs)
-    assert text.startswith(f"Does generating beat re-weighting? {answer}: ") and says in text
+    assert text.startswith(f"Does generating beat re-balancing? {answer}: ") and says in text
     assert "Not run" in down.verdict(down.by_setting(rows_of(LA=[0.5])))
 
 
@@ -304,11 +310,12 @@ def test_the_verdict(generated, answer, says):
     ("--generator-seeds -2", "--generator-seeds"), ("--seeds x", "invalid int"),
     ("--base oc", "--base has no meaning"), ("--num-images 3", "--num-images has no meaning"),
     ("--rank-ratio 2", "rank-ratio"), ("--dataset fashion --data none", "none"),
-    ("--samples none.npz", "none.npz"), ("--samples CM.npz", "names must differ"),
-    ("--samples ../few.npz", "too few images of a class"), ("--samples a.npz b/a.npz", "names"),
-    ("--samples ../unlabelled.npz", "labels below 10"), ("--samples ../wide.npz", "[3, 8, 8]"),
-    ("--samples ../eleven.npz", "labels below 10"), ("--sampler ddpm", "invalid choice"),
-    ("--table", "has no rows")])
+    ("--samples none.npz", "none.npz"), ("--samples ../few.npz", "has 0 images of class 2"),
+    ("--samples ../unlabelled.npz", "labels from 0 to 9"),
+    ("--samples ../wide.npz", "uint8 [N, 8, 8, 3]"),
+    ("--samples ../eleven.npz", "labels from 0 to 9"), ("--sampler ddpm", "invalid choice"),
+    ("--seeds 5 5", "different numbers"), ("--table", "has no rows"),
+    ("--dataset cifar10 --data none --image-size 32", "CIFAR10 is neither")])
 def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     labels = np.arange(TOTAL) % 10
