@@ -70,12 +70,10 @@ def checkpoint_of(args, key):
 
 def chosen(rows, base):
     """The candidate of the highest validation accuracy, the first of equal ones; None where not all
-    have been tried. Raises ValueError where none finished."""
+    have been tried, or none finished."""
     tried = rows[(rows["part"] == "validation") & (rows["base"] == base) & (rows["method"] == "CM")]
-    if len(tried) < len(CANDIDATES):
+    if len(tried) < len(CANDIDATES) or tried["accuracy overall"].isna().all():
         return None
-    if tried["accuracy overall"].isna().all():
-        raise ValueError(f"no {base} with CM stayed finite; leave {base} out of --bases")
     best = tried.loc[tried["accuracy overall"].idxmax()]
     return classifiers.How(best["outputs"], best["margin"], best["rank ratio"])
 
@@ -89,8 +87,10 @@ def study(args):
     data = {part: classifiers.read(args.dataset, args.data, SIZES[args.network], args.n_max,
                                    args.ir, device, part == "validation")
             for part in ("test", "validation")}
+    numbers, tries = itertools.count(1), 1 + len(CANDIDATES) + 2 * len(args.seeds)
 
     def run(part, seed, base, how):
+        print(f"run {next(numbers)} of {tries * len(args.bases)}", file=sys.stderr)
         key = dict(zip(KEY, (part, base, *(how or ("", "", "")), seed), strict=True))
         if not common.has_row(args.rows, options, **key):
             common.add_rows(args.rows, options, [measure(args, key, how, data[part], options)])
@@ -100,6 +100,9 @@ def study(args):
         run("validation", SEARCH_SEED, base, how)
     rows = common.numbers(common.read_rows(args.rows, options), WORDS)
     best = {base: chosen(rows, base) for base in args.bases}
+    for base in args.bases:
+        if best[base] is None:
+            raise ValueError(f"no {base} with CM stayed finite; leave {base} out of --bases")
     for seed, base in itertools.product(args.seeds, args.bases):
         for how in (None, best[base]):
             run("test", seed, base, how)
@@ -119,7 +122,7 @@ def tested(rows):
             if ((rows["base"] == base) & (rows["method"] == method)).any()}
 
 
-def compared(runs, paper):
+def compared(runs, paper, ir):
     """Rows of the table of differences: ours and, where Tab. G.13 has both, the paper's."""
     shown = []
     pairs = [(name, name.removesuffix(" + CM")) for name in runs if name.endswith("CM")]
@@ -128,7 +131,7 @@ def compared(runs, paper):
             shown.append({"difference": f"{ours} − {theirs}", "of": "here"} | {
                 s: common.interval(*change(runs, ours, theirs, s)[:2]) for s in SPLITS})
             if ours in paper and theirs in paper:
-                shown.append({"difference": "", "of": "the paper"} | {
+                shown.append({"difference": "", "of": f"the paper, IR {ir}"} | {
                     s: f"{a - b:+.2f}"
                     for s, a, b in zip(SPLITS, paper[ours], paper[theirs], strict=True)})
     return shown
@@ -159,14 +162,15 @@ def tried(rows):
 
 
 def papers(rows):
-    """Tab. G.13 at the IR of the rows, at 100 where it has none."""
-    return PAPER.get(float(re.search(r"--ir (\S+)", rows["options"].iloc[0])[1]), PAPER[100])
+    """(Tab. G.13, its IR): at the IR of the rows, at 100 where it has none."""
+    ir = float(re.search(r"--ir (\S+)", rows["options"].iloc[0])[1])
+    return PAPER.get(ir, PAPER[100]), int(ir) if ir in PAPER else 100
 
 
 def table(rows):
     """The tables in Markdown."""
     runs = tested(rows)
-    values = [{"method": name, "seeds": len(run)} | {
+    values = [{"method": name, "seeds": run["accuracy overall"].count()} | {
         s: common.spread(run[f"accuracy {s}"], 2) for s in SPLITS} | {
         f"θ_g {s}": common.spread(run[f"general {s}"], 2) for s in ("Few", "overall")}
         for name, run in runs.items()]
@@ -174,14 +178,14 @@ def table(rows):
         "Accuracy on the test set, %: mean ± standard deviation over seeds",
         common.markdown(values),
         "Differences, points, paired by seed: mean and 95 % interval (the paper: CIFAR-100)",
-        common.markdown(compared(runs, papers(rows))),
+        common.markdown(compared(runs, *papers(rows))),
         "What was tried: accuracy on the validation images, %, one seed; chosen is the bold one",
         common.markdown(tried(rows))])
 
 
 def draw(rows, path):
     """Accuracies, and what CM changes beside what it changes in Tab. G.13."""
-    runs, paper = tested(rows), papers(rows)
+    runs, (paper, _) = tested(rows), papers(rows)
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     place = np.arange(len(SPLITS))
@@ -233,7 +237,7 @@ def main(argv=None):
         cm.check(args.epochs >= 1, "epochs", args.epochs, "at least 1")
         if not args.table:
             study(args)
-        rows = common.numbers(common.read_table(args.rows), WORDS)
+        rows = common.numbers(common.read_table(args.rows, KEY), WORDS)
         print(table(rows))
         if (rows["part"] == "test").any():
             draw(rows, args.assets / "classification.png")

@@ -44,6 +44,8 @@ def read(dataset, data, size, n_max, ir, device, validation=False):
         judged = arrays[index], labels[index]
     else:
         judged = cm.load_dataset(dataset, data, size, train=False)[:2]
+        if not len(judged[1]):
+            raise ValueError(f"{data} holds no test images; put them into {data}/val")
     index = cm.long_tail_indices(labels, ir, n_max=n_max)
     training = Images(*cm.on_device(arrays[index], labels[index], device))
     return training, Images(*cm.on_device(*judged, device)), names
@@ -94,10 +96,11 @@ class Network(nn.Module):
             blocks.append(BasicBlock(before, width, stride, shortcut))
             before = width
         self.stages = nn.Sequential(*blocks)
-        self.head = (CosineHead if cosine else nn.Linear)(before, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        # last, so that the head's kind doesn't change what convolutions start from
+        self.head = (CosineHead if cosine else nn.Linear)(before, num_classes)
 
     def tail(self, h):
         """Logits [B, K] of the stem's output [B, width, H, W]."""

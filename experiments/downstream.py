@@ -28,8 +28,8 @@ import cm
 import fid
 from experiments import classifiers, common
 
-ALONE = {"real images": ("CE", False), "re-sampling": ("CE", True), "LA": ("LA", False)}
 # without a generator, {setting: (base loss, whether batches are balanced)}
+ALONE = {"real images": ("CE", False), "re-sampling": ("CE", True), "LA": ("LA", False)}
 REBALANCED = ("re-sampling", "LA")
 GENERATORS = {"DDPM": "--no-cm", "RS": "--no-cm --resample 0.5", "CM": ""}  # as in study.py
 GUIDANCE = (0, 1)
@@ -75,7 +75,8 @@ class Setup:
         directory = common.directory_of((generator, self.config.n_max, seed), self.args.generators)
         flags = [*self.flags, *f"--base ddpm --seed {seed} {GENERATORS[generator]}".split()]
         checkpoint = common.checkpoint_at(self.config.steps, flags, directory, MILESTONE)
-        path = self.args.runs / f"{directory.name}-{self.args.sampler}-g{guidance}.npz"
+        made_by = hashlib.sha256(common.settings(self.flags).encode()).hexdigest()[:6]
+        path = self.args.runs / f"{directory.name}-{made_by}-{self.args.sampler}-g{guidance}.npz"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.redirect_stdout(sys.stderr):
@@ -230,13 +231,12 @@ def main(argv=None):
     try:
         other = re.search(r"--dataset[ =](?!fashion)", " ".join(flags))
         flags, config, _ = common.configured(flags, UNUSED, **({} if other else STUDY))
-        cm.check(args.classifier_steps >= 1, "classifier_steps", args.classifier_steps,
-                 "at least 1")
-        cm.check(min(args.generator_seeds) >= 0, "generator_seeds", min(args.generator_seeds),
-                 "at least 0")
+        for name, least in (("classifier_steps", 1), ("generator_seeds", 0)):
+            smallest = np.min(getattr(args, name))
+            cm.check(smallest >= least, name, smallest, f"at least {least}")
         if not args.table:
             study(args, config, flags)
-        rows = common.numbers(common.read_table(args.rows), WORDS)
+        rows = common.numbers(common.read_table(args.rows, [*KEY, *SHOWN]), WORDS)
         print(table(rows))
         draw(rows, args.assets / "downstream.png")
         return 0

@@ -141,15 +141,15 @@ def test_samples_of_ones_own_take_the_generators_place(tmp_path, monkeypatch, ca
 
 def test_the_judge_is_trained_on_the_whole_balanced_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    seen = []
+    seen, seeds = [], []
     train = fid.train_classifier
     monkeypatch.setattr(fid, "train_classifier", lambda *a, **more: (
-        seen.append(a), train(*a, **more))[1])
+        seen.append(a), seeds.append(more["seed"]), train(*a, **more))[2])
     config = cm.Config(dataset="shapes", ir=6, n_max=12, image_size=8).resolved()
     args = SimpleNamespace(samples=[], runs=tmp_path)
     setup = down.Setup(args, config, [])
     nets = [setup.judge(), setup.judge()]
-    assert len(seen) == 1  # kept
+    assert len(seen) == 1 and seeds == [2]  # kept; FD's have seeds 0 and 1
     images, labels, *test = seen[0][:4]
     assert labels.bincount().tolist() == [20] * 10 and test[1].bincount().tolist() == [4] * 10
     assert len(images) == 200 and not nets[0].training
@@ -213,13 +213,43 @@ def test_what_is_drawn_and_from_which_generator(tmp_path, monkeypatch):
         assert directory == Path(f"gen/12-{generator}-7") and (steps, before) == (4, 2)
         assert (trained.no_cm, trained.resample, trained.seed) == (no_cm, resample, 7)
         assert (trained.base, trained.n_max) == ("ddpm", 12)
-        assert path == tmp_path / "r" / f"12-{generator}-7-ddim-g1.npz" == Path(drawn[-1].out)
+        assert path == Path(drawn[-1].out) and path.parent == tmp_path / "r"
+        assert re.fullmatch(f"12-{generator}-7-[0-9a-f]{{6}}-ddim-g1.npz", path.name)
         assert drawn[-1].sample == f"gen/12-{generator}-7/checkpoint-4.pt"
         assert (drawn[-1].num_images, drawn[-1].seed) == (TOTAL, 7)
         assert (drawn[-1].guidance, drawn[-1].sampler) == (1, "ddim")
         path.touch()
         assert setup.samples(generator, 1, 7) == path
     assert len(drawn) == 3 and len(made) == 6
+    setup.flags += ["--steps", "5"]  # another network's images are drawn anew
+    assert setup.samples("CM", 1, 7) != path and len(drawn) == 4
+
+
+def test_images_keep_their_labels_and_the_test_set_judges(tmp_path, monkeypatch):
+    metrics = pytest.importorskip("sklearn.metrics")
+    monkeypatch.chdir(tmp_path)
+    labels = np.random.RandomState(0).permutation(np.arange(TOTAL + 40) % 10)
+    grey = np.broadcast_to(20 * labels[:, None, None, None], (len(labels), 8, 8, 3))
+    np.savez("grey.npz", arr_0=grey.astype(np.uint8), arr_1=labels)
+    torch.manual_seed(0)
+    net, seen = classifiers.Network("small", 3, 10).eval(), []
+    monkeypatch.setattr(classifiers, "fit", lambda name, training, *_, **__: (
+        seen.append(training), net)[1])
+    assert down.main([*ARGS, "--samples", "grey.npz"]) == 0
+    generated, of = (part[sum(COUNTS):] for part in seen[-1])
+    assert len(of) == TOTAL and torch.equal(generated[:, 0, 0, 0].long(), 20 * of)
+    row = common.read_rows(Path("rows.csv")).iloc[-1]
+    images, truth, _ = cm.load_dataset("shapes", None, 8, train=False)
+    x = cm.to_float(torch.from_numpy(images).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        predicted = net(x).argmax(1)
+    scores = metrics.precision_recall_fscore_support(truth, predicted, average="macro",
+                                                     zero_division=0)
+    assert float(row["precision"]) == pytest.approx(scores[0], abs=1e-5)
+    assert float(row["recall"]) == pytest.approx(scores[1], abs=1e-5) != scores[0]
+    for name, classes in cm.splits(COUNTS).items():
+        recall = metrics.recall_score(truth, predicted, average=None, zero_division=0)[classes]
+        assert float(row[f"recall {name}"]) == pytest.approx(recall.mean(), abs=1e-5)
 
 
 def kills_at(call, update):
@@ -257,11 +287,17 @@ def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(tmp_path, monke
     rows, out = results["whole"]
     assert len(rows.splitlines()) == 7 and "Does generating beat re-balancing?" in out
     samples = {path.name: fid.read_images(path)[0] for path in Path("runs").glob("*.npz")}
-    assert set(samples) == {f"12-{name}-5-dpm-g1.npz" for name in down.GENERATORS}
+    assert {re.sub("-[0-9a-f]{6}-", "-", name) for name in samples} == {
+        f"12-{name}-5-dpm-g1.npz" for name in down.GENERATORS}
     assert all(len(images) == TOTAL for images in samples.values())
     monkeypatch.setattr(down.Setup, "measure", None)  # nothing is run again
     assert down.main(ARGS) == 0 and capsys.readouterr().out == out
     assert down.main([*ARGS, "--table"]) == 0 and capsys.readouterr().out == out
+    for other in ("--generator-seeds 6", "--network resnet18", "--sampler ddim", "--lam 2",
+                  "--classifier-steps 4"):
+        with pytest.raises(SystemExit):
+            down.main([*ARGS, *other.split()])
+        assert "made with other options" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
@@ -274,7 +310,7 @@ def rows_of(**recalls):
     for name, values in recalls.items():
         setting, _, w = name.partition("_")
         rows += [dict(setting=setting.replace("real", "real images"), guidance=w, seed=20 + i,
-                      precision=v + 0.05, recall=v, options="") for i, v in enumerate(values)]
+                      precision=1 - v, recall=v, options="") for i, v in enumerate(values)]
     return common.numbers(common.text(rows), down.WORDS)
 
 
@@ -290,7 +326,7 @@ def test_tables_at_numbers_worked_by_hand():
     assert lines["DDPM, guidance 0 − real images"][-1] == "+3.48, +5.09"
     assert lines["CM, guidance 1 − real images"][-1] == "+5.98, +9.53"
     assert "CM, guidance 1 − DDPM, guidance 1" not in lines
-    assert lines["real images"][:1] + lines["real images"][3:5] == ["2", "56.0 ± 1.4", "51.0 ± 1.4"]
+    assert lines["real images"][:1] + lines["real images"][3:5] == ["2", "49.0 ± 1.4", "51.0 ± 1.4"]
 
 
 @pytest.mark.parametrize("generated, answer, says", [
