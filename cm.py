@@ -1478,7 +1478,8 @@ def draw_panels(panels, names, path):
     from matplotlib.figure import Figure
     rows = len(names)
     columns = len(next(iter(panels.values()))) // rows
-    figure = Figure(figsize=(1.6 + 0.42 * columns * len(panels), 0.42 * rows + 0.7),
+    side = max(1.6, 0.075 * max(map(len, names)))  # inches
+    figure = Figure(figsize=(side + 0.42 * columns * len(panels), 0.42 * rows + 0.7),
                     layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
