@@ -104,6 +104,22 @@ def test_words_vary_and_upright_shapes_stand_as_people_draw_them():
     assert other[1] != captions and not torch.equal(other[0], images)
 
 
+def test_places_and_hues_lie_around_what_their_words_say():
+    images, captions, _ = shapes.captioned_images(60, seed=5)
+    x = images.double() / 255
+    light = x.amax(1)
+    grid = (torch.arange(32) + 0.5) / 16 - 1
+    total = light.sum((1, 2))
+    at = torch.stack([(light.sum(axis) * grid).sum(1) / total for axis in (1, 2)], 1)
+    said = torch.tensor([shapes.PLACES[c.split(", ")[1]] for c in captions])
+    assert (at - said).mean(0).abs().max() < 0.006 and (at - said).abs().max() < 0.06
+    assert (at - said).std() > 0.015
+    hues = [colorsys.rgb_to_hsv(*rgb)[0] for rgb in x.sum((2, 3)).tolist()]
+    said = [shapes.COLOURS.index(c.split()[2]) / 6 for c in captions]
+    off = (np.subtract(hues, said) + 0.5) % 1 - 0.5
+    assert abs(off.mean()) < 0.006 and abs(off).max() < 0.06 and off.std() > 0.01
+
+
 def test_the_caption_reader_is_right_on_real_images():
     images, captions, _ = shapes.captioned_images(100, seed=3)
     for words in shapes.read(images):
@@ -111,7 +127,7 @@ def test_the_caption_reader_is_right_on_real_images():
 
 
 def test_the_caption_reader_on_images_by_hand():
-    images = torch.full((4, 3, 32, 32), 50, dtype=torch.uint8)  # too dark to count as lit
+    images = torch.full((4, 3, 32, 32), 60, dtype=torch.uint8)  # too dark to count as lit
     images[0, 0, 8:12, 8:12] = 255
     images[1, 1:, 20:24, 8:12] = 255
     images[2, :, 14:18, 14:18] = torch.tensor([255, 0, 255])[:, None, None]
