@@ -239,10 +239,11 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
         seen.append((config.no_cm, config.seed))
         return losses(unet, counts, config)
 
-    losses, sampled, update, sample = [], [], cm.update, cm.sample
+    losses, starts, sampled, update, sample = [], [], [], cm.update, cm.sample
     monkeypatch.setattr(cm, "CapacityManipulation", recorded)  # not pre-training's
     monkeypatch.setattr(cm, "update", lambda loss, *rest: (
-        losses.append(loss.item()), update(loss, *rest))[1])
+        losses.append(loss.item()), starts.append([p.detach().clone() for p in rest[0][:8]]),
+        update(loss, *rest))[2])
     monkeypatch.setattr(cm, "sample", lambda net, y, *how: (
         sampled.append((y.tolist(), *how)), sample(net, y, *how))[1])
     for name, kills in (("whole", ()), ("stopped", (1, 9))):  # 1: pre-training; 9: CM's second step
@@ -267,6 +268,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
         assert Path("finetune.png").is_file()
     # two steps of pre-training, then each method's first: weights, batch and noise are the same
     assert losses[5:9:3] == pytest.approx(2 * losses[2:3], 1e-5)
+    assert all(map(torch.equal, starts[2], starts[8]))  # LoRA's and CM's factors, of the encoder
     seeds = [cm.hashed_seed("image", 5, i) for i in range(100)]
     how = [i % 10 for i in range(100)], torch.Size([3, 8, 8]), "ddim", 2, 0.0, seeds
     assert sampled[:4] == 4 * [how]  # both LoRAs, CM, its theta_g: labels, steps, noise
