@@ -77,8 +77,8 @@ def has_row(path, options, **key):
 
 
 def add_rows(path, options, new):
-    """Write `new`, dicts, behind the rows in a .csv; what they have in common goes into the column
-    options. Raises ValueError."""
+    """Write `new`, dicts, behind the rows in a .csv, each with `options` in a column of that name.
+    Raises ValueError."""
     rows = [read_rows(path, options), text(new).assign(options=options)]
     write_rows(path, pd.concat(rows, ignore_index=True).fillna(""))
 
