@@ -188,7 +188,7 @@ def main(argv=None):
     parser = common.parser("finetune", __doc__, seeds=(10, 11, 12))
     parser.add_argument("--pretrained", type=Path, help="a Stable Diffusion in diffusers' format, "
                         "to fine-tune on the image tree --data")
-    parser.add_argument("--prompt", default="a {} painting",
+    parser.add_argument("--prompt",
                         help="with --pretrained: of a class, whose name stands for {} "
                              "[default: a {} painting, as in the paper]")
     parser.add_argument("--ranks", type=int, nargs=2, metavar=("R_G", "R_E"),
@@ -207,7 +207,10 @@ def main(argv=None):
         cm.check(args.num_images >= 100, "num_images", args.num_images, "at least 100")
         cm.check(args.pretrain_steps >= 1, "pretrain_steps", args.pretrain_steps, "at least 1")
         flags += ["--ranks", *map(str, args.ranks), "--pretrain-steps", str(args.pretrain_steps)]
+        if args.prompt is not None and not args.pretrained:
+            raise ValueError("--prompt has no meaning without --pretrained")
         if args.pretrained:
+            args.prompt = "a {} painting" if args.prompt is None else args.prompt
             if args.table:
                 raise ValueError("--pretrained has no table: it writes samples for fid.py")
             cm.check(config.guidance >= 0, "guidance", config.guidance, "at least 0 for diffusers")

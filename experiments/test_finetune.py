@@ -317,7 +317,8 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
     ("--channels 8", "--channels has no meaning"), ("--no-cm", "--no-cm has no meaning"),
     ("--sampler dpm", "--sampler has no meaning"), ("--table", "has no rows"),
     ("--pretrained none --data .", "none has no model_index.json"),
-    ("--pretrained none --table", "has no table")])
+    ("--pretrained none --table", "has no table"),
+    ("--prompt {}", "--prompt has no meaning without")])
 def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
