@@ -205,7 +205,7 @@ def draw(rows, path):
                           xerr=[np.nan_to_num(run[measure].std()) for run in runs.values()],
                           fmt="os"[i], label=measure)
         axis.set_xlabel("%")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     axes[0].set_yticks(range(len(runs)), runs)
     axes[0].invert_yaxis()
     common.save(figure, path)
