@@ -37,9 +37,8 @@ PER_REAL = 5  # generated images for each real one; the paper's are 50,000 for 1
 STUDY = dict(n_max="1000", steps="6000", warmup="100")  # its options for cm.py, on Fashion-MNIST
 MILESTONE = 1500  # a step at which the study wants a checkpoint, too
 SHOWN = ("precision", "recall", "recall Many", "recall Medium", "recall Few")
-LABELS = ("label accuracy", "label accuracy Few")
+LABELS = ["label accuracy", "label accuracy Few"]
 KEY = ["setting", "guidance", "seed"]  # a run's
-WORDS = ("setting", "options")
 UNUSED = ("unconditional", "no_cm", "resample", "base", "cbdm_prior", "seed", "amp", "compile",
           "run", "sampling")  # options of cm.py, and groups of them, that would have no effect
 PAPER = {"CM − DDPM": "+2.50, +4.44", "CM − real images": "+5.98, +9.53",  # Tab. G.8, points:
@@ -90,9 +89,8 @@ class Setup:
         images, labels, _ = fid.read_images(path)
         shape, classes = self.training.images.shape[1:], len(self.counts)
         if labels is None or labels.max() >= classes or images.shape[1:] != shape:
-            channels, height, width = shape
-            raise ValueError(f"{path}: arr_0 must be uint8 [N, {height}, {width}, {channels}], "
-                             f"arr_1 labels from 0 to {classes - 1}")
+            raise ValueError(f"{path}: arr_0 must be uint8 [N, {shape[1]}, {shape[2]}, {shape[0]}"
+                             f"], arr_1 labels from 0 to {classes - 1}")
         taken = []
         for k in range(classes):  # as many as cm.generate draws of a class
             of_class = torch.where(labels == k)[0]
@@ -123,8 +121,7 @@ class Setup:
                                           torch.cat([training.labels, new.labels]))
         base, balanced = ALONE.get(setting, ALONE["real images"])
         net = classifiers.fit(self.args.network, training, self.counts, base, seed,
-                              self.args.classifier_steps, checkpoint, options,
-                              balanced=balanced,
+                              self.args.classifier_steps, checkpoint, options, balanced=balanced,
                               augment=self.config.dataset in classifiers.AUGMENTED)
         found = classifiers.confusion(net, self.test, len(self.counts))
         row["precision"], row["recall"] = classifiers.macro(found)
@@ -153,8 +150,10 @@ def study(args, config, flags):
 
 
 def by_setting(rows):
-    """{"DDPM, guidance 0": its rows by seed, measures in %}, in order."""
+    """{"DDPM, guidance 0": its rows by seed, measures in %}, in order; LABELS once a generator."""
     percent = 100 * rows.set_index("seed").reindex(columns=[*LABELS, *SHOWN])
+    generators = rows.reindex(columns=["setting", "guidance", "generator seed"])
+    percent.loc[generators.duplicated().to_numpy(), LABELS] = np.nan
     names = np.array([name if np.isnan(w) else f"{name}, guidance {w:g}"
                       for name, w in zip(rows["setting"], rows["guidance"], strict=True)])
     return {name: percent[names == name] for name in dict.fromkeys(names)}
@@ -169,6 +168,7 @@ def table(rows):
     pairs += itertools.product((name for name in runs if name not in ALONE), ALONE)
     for w in GUIDANCE:
         pairs += [(f"CM, guidance {w}", f"{other}, guidance {w}") for other in ("DDPM", "RS")]
+    pairs += [(f"{name}, guidance 1", f"{name}, guidance 0") for name in GENERATORS]
     differences = [{"difference": f"{ours} − {theirs}"} | {
         s: common.interval(*common.difference(runs[ours][s], runs[theirs][s])[:2], 1)
         for s in ("precision", "recall", "recall Few")} | {
@@ -236,7 +236,7 @@ def main(argv=None):
             cm.check(smallest >= least, name, smallest, f"at least {least}")
         if not args.table:
             study(args, config, flags)
-        rows = common.numbers(common.read_table(args.rows, [*KEY, *SHOWN]), WORDS)
+        rows = common.numbers(common.read_table(args.rows, [*KEY, *SHOWN]), ("setting", "options"))
         print(table(rows))
         draw(rows, args.assets / "downstream.png")
         return 0

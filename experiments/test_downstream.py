@@ -312,7 +312,7 @@ def rows_of(**recalls):
         setting, _, w = name.partition("_")
         rows += [dict(setting=setting.replace("real", "real images"), guidance=w, seed=20 + i,
                       precision=1 - v, recall=v, options="") for i, v in enumerate(values)]
-    return common.numbers(common.text(rows), down.WORDS)
+    return common.numbers(common.text(rows), ("setting", "options"))
 
 
 def test_tables_at_numbers_worked_by_hand():
@@ -327,7 +327,20 @@ def test_tables_at_numbers_worked_by_hand():
     assert lines["DDPM, guidance 0 − real images"][-1] == "+3.48, +5.09"
     assert lines["CM, guidance 1 − real images"][-1] == "+5.98, +9.53"
     assert "CM, guidance 1 − DDPM, guidance 1" not in lines
+    assert lines["CM, guidance 1 − CM, guidance 0"][1:2] == ["-7.0 [-19.7, +5.7]"]  # -6 and -8
     assert lines["real images"][:1] + lines["real images"][3:5] == ["2", "49.0 ± 1.4", "51.0 ± 1.4"]
+
+
+def test_label_accuracy_counts_each_generator_once():
+    rows = rows_of(DDPM_0=[0.5, 0.6, 0.7], DDPM_1=[0.5] * 3, LA=[0.5] * 3)
+    rows["generator seed"] = [11, 12, 11] * 2 + [np.nan] * 3
+    values = [0.2, 0.4, 0.2, 0.8, 0.9, 0.8, np.nan, np.nan, np.nan]
+    rows["label accuracy"] = rows["label accuracy Few"] = values
+    runs = down.by_setting(rows)
+    for label in down.LABELS:
+        assert runs["DDPM, guidance 0"][label].dropna().tolist() == pytest.approx([20, 40])
+        assert runs["DDPM, guidance 1"][label].dropna().tolist() == pytest.approx([80, 90])
+    assert runs["DDPM, guidance 0"]["recall"].tolist() == pytest.approx([50, 60, 70])
 
 
 @pytest.mark.parametrize("generated, answer, says", [
