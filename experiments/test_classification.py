@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 import signal
 import sys
 from pathlib import Path
@@ -509,20 +508,8 @@ def test_what_is_trained_and_for_how_long(tmp_path, monkeypatch, capsys):
         assert isinstance(calls[-1].ir, float)  # as when it is typed: it is in the rows' options
 
 
-def kills_at(call, losses=classifiers.losses):
-    calls = []
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return losses(*args)
-
-    return killed
-
-
 def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
-        shapes, tmp_path, monkeypatch, capsys):
+        shapes, kills_at, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cls, "CANDIDATES", [HOW, classifiers.How("softmax", 1e-3, 0.1)])
     monkeypatch.setattr(classifiers, "BATCH", 32)
     results, real, judged_by = {}, cls.measure, []
@@ -534,7 +521,7 @@ def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
         monkeypatch.chdir(tmp_path / name)
         if name == "stopped":
             with monkeypatch.context() as patch:
-                patch.setattr(classifiers, "losses", kills_at(8))
+                patch.setattr(classifiers, "losses", kills_at(8, classifiers.losses))
                 with pytest.raises(SystemExit) as stopped:
                     cls.main(ARGS)
             assert stopped.value.code == 128 + signal.SIGTERM

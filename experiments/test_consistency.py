@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import signal
 import sys
 from pathlib import Path
@@ -267,19 +266,7 @@ def fake_scores(path, dataset, data, features, **_):
     return {s: {"FD": images.float().mean().item()} for s in ct.SPLITS}
 
 
-def kills_at(call, update=cm.update):
-    calls = []
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
-
-    return killed
-
-
-def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(tmp_path, monkeypatch, capsys):
+def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(kills_at, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fid, "evaluate", fake_scores)
     results, seen, sampled = {}, {True: [], False: []}, []
     forward, sample = ct.ConsistencyTraining.forward, ct.sample
@@ -296,7 +283,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(tmp_path, monkeypatch,
         monkeypatch.chdir(tmp_path / name)
         if name == "stopped":
             with monkeypatch.context() as patch:
-                patch.setattr(cm, "update", kills_at(5))  # CM's second step
+                patch.setattr(cm, "update", kills_at(5, cm.update))  # CM's second step
                 with pytest.raises(SystemExit) as stopped:
                     ct.main(ARGS)
             assert stopped.value.code == 128 + signal.SIGTERM

@@ -1,7 +1,6 @@
 """Tests of downstream.py. They need pandas, tabulate and scikit-learn."""
 
 import functools
-import os
 import re
 import signal
 import sys
@@ -253,19 +252,8 @@ def test_images_keep_their_labels_and_the_test_set_judges(tmp_path, monkeypatch)
         assert float(row[f"recall {name}"]) == pytest.approx(recall.mean(), abs=1e-5)
 
 
-def kills_at(call, update):
-    calls = []
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
-
-    return killed
-
-
-def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(tmp_path, monkeypatch, capsys):
+def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
+        kills_at, tmp_path, monkeypatch, capsys):
     results = {}
     monkeypatch.setattr(down, "GUIDANCE", (1,))
     for name in ("whole", "stopped"):
@@ -327,7 +315,7 @@ def test_tables_at_numbers_worked_by_hand():
     assert lines["DDPM, guidance 0 − real images"][-1] == "+3.48, +5.09"
     assert lines["CM, guidance 1 − real images"][-1] == "+5.98, +9.53"
     assert "CM, guidance 1 − DDPM, guidance 1" not in lines
-    assert lines["CM, guidance 1 − CM, guidance 0"][1:2] == ["-7.0 [-19.7, +5.7]"]  # -6 and -8
+    assert lines["CM, guidance 1 − CM, guidance 0"][1] == "-7.0 [-19.7, +5.7]"  # -6 and -8
     assert lines["real images"][:1] + lines["real images"][3:5] == ["2", "49.0 ± 1.4", "51.0 ± 1.4"]
 
 

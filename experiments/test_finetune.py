@@ -3,7 +3,6 @@ diffusers and transformers."""
 
 import copy
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -211,18 +210,6 @@ def fake_scores(path, dataset, data, features, **_):
             for s in ("overall", "Many", "Medium", "Few")}
 
 
-def kills_at(call, update=cm.update):
-    calls = []
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
-
-    return killed
-
-
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(cm.PRESETS, "small", cm.PRESETS["small"] | SMALL)
@@ -232,7 +219,8 @@ def small(monkeypatch):
     monkeypatch.setattr(cm, "report", lambda *_: None)  # of the pre-training
 
 
-def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monkeypatch, capsys):
+def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
+        small, kills_at, tmp_path, monkeypatch, capsys):
     results, seen = {}, []
 
     def recorded(unet, counts, config, losses=cm.CapacityManipulation):
@@ -254,7 +242,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(small, tmp_path, monke
             Path("runs/pretrained/log.csv").write_text("step")
         for call in kills:
             with monkeypatch.context() as patch:
-                patch.setattr(cm, "update", kills_at(call))
+                patch.setattr(cm, "update", kills_at(call, update))
                 with pytest.raises(SystemExit) as stopped:
                     ft.main(ARGS)
             assert stopped.value.code == 128 + signal.SIGTERM
@@ -435,12 +423,13 @@ def run(arguments, pipeline):
         *arguments.split()])
 
 
-def test_a_tiny_pipeline_is_tuned_sampled_and_loaded_again(pipeline, tmp_path, monkeypatch, capsys):
+def test_a_tiny_pipeline_is_tuned_sampled_and_loaded_again(
+        pipeline, kills_at, tmp_path, monkeypatch, capsys):
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ft, "SAMPLE_STEPS", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(cm, "update", kills_at(5))  # CM's first step
+        patch.setattr(cm, "update", kills_at(5, cm.update))  # CM's first step
         with pytest.raises(SystemExit) as stopped:
             run("--steps 2 --guidance 0.5 --lr 0.01", pipeline)
     assert stopped.value.code == 128 + signal.SIGTERM
