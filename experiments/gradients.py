@@ -4,13 +4,13 @@ Theorem 2.1.
     python -m experiments.gradients --data /usr/share/datasets/fashion-mnist
     python -m experiments.gradients --table       # only the tables, and assets/gradients.png
 
-Trains DDPM and CM (options that aren't its own go to cm.py) and stops at `--at` steps. There, for
-three decoder convolutions, `torch.func` gives each sample's gradient of Eq. (4). A weight is one
-output filter, a row of W. Samples of a class fall into three parts: A gives v, the difference of
-the means' directions, mu_1 / |mu_1| - mu_2 / |mu_2|; B the quantities of Assumption F.1; C is held
-out. With N = 100 gradients of C, a share `a` of the largest class, a weight is dominated where
-their sum . v > 0: the update's angle to mu_1 is the smaller one. Where the means are equally long,
-as F.1 has it, that is theory.py's criterion.
+Trains DDPM and CM, a run a seed (options that aren't its own go to cm.py), and stops at `--at`
+steps. There, for three decoder convolutions, `torch.func` gives each sample's gradient of Eq. (4).
+A weight is one output filter, a row of W. Samples of a class fall into three parts: A gives v, the
+difference of the means' directions, mu_1 / |mu_1| - mu_2 / |mu_2|; B the quantities of Assumption
+F.1; C is held out. With N = 100 gradients of C, a share `a` of the largest class, a weight is
+dominated where their sum . v > 0: the update's angle to mu_1 is the smaller one. Where the means
+are equally long, as F.1 has it, that is theory.py's criterion.
 
 Columns of results/gradients.csv:
 part          what the gradient is of: W (DDPM), W_g, BA (through A and B: g_B A + B g_A), or
@@ -28,8 +28,8 @@ projected     (F.7) without equal means, equal spread and isotropy, from each we
 observed      share of weights dominated, mean over batches
 """
 
+import itertools
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ from experiments import common
 
 RATIOS, N, BATCHES = (0.5, 0.6, 0.75, 0.9, 0.99), 100, 500
 METHODS = {"DDPM": ["--no-cm"], "CM": []}
+KEY = ["method", "step", "seed"]
+UNUSED = ("sampling", "seed", "steps", "no_cm", "base", "out", "resume", "overwrite")
 WORDS = ("method", "options", "layer", "part")
 SMALL = 1e-300  # instead of a division by 0
 
@@ -136,17 +138,17 @@ def draw_sum(rng, along, n):
     return along[rng.choice(len(along), n, False)].sum(0)
 
 
-def measure(checkpoint, samples, seed=0):
+def measure(checkpoint, samples):
     """Rows of one checkpoint, layer x part x ratio, from `samples` training images (with repeats,
-    flips as in training, fresh noise and times) each of the largest and of the smallest class.
-    Raises ValueError."""
+    flips as in training, fresh noise and times, drawn by the run's seed) each of the largest and of
+    the smallest class. Raises ValueError."""
     config, unet, counts = cm.load_trained(checkpoint, "model")
     data = cm.Data(config)
     losses = cm.CapacityManipulation(unet, data.counts, config).eval()
     chosen = layers(unet)
     names = [n for n, _ in losses.named_parameters()
              if n.startswith(tuple(f"unet.{layer}." for layer in chosen)) and "bias" not in n]
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     of_class = []
     for k in (int(np.argmax(counts)), int(np.argmin(counts))):
         x0 = cm.to_float(data.images[data.starts[k] + torch.randint(counts[k], (samples,))])
@@ -160,28 +162,25 @@ def measure(checkpoint, samples, seed=0):
         majority, minority = (parts(gradients, name, layer) for gradients in of_class)
         for part, g1 in majority.items():
             rows += [dict(layer=name, part=part) | row
-                     for row in estimate(g1, minority[part], seed)]
+                     for row in estimate(g1, minority[part], config.seed)]
     return rows
 
 
-def study(path, runs, stops, samples, flags):
-    """Train both methods from stop to stop and measure at each, but for what has rows already.
-    Raises ValueError, also where a run runs off."""
-    flags = common.with_defaults(flags, warmup="100")
-    rows = common.read_rows(path, common.settings(flags))
-    done = set() if rows.empty else set(zip(rows["method"], rows["step"].astype(int), strict=True))
-    for method, own in METHODS.items():
-        for stop in sorted(stops):
-            if (method, stop) in done:
-                continue
-            out = runs / method
-            ran_off = common.run([*flags, *own, "--base", "ddpm", "--steps", str(stop)], out)
+def study(path, runs, stops, samples, flags, seeds):
+    """Train both methods, a run a seed, from stop to stop and measure at each, but for what has
+    rows already. Raises ValueError, also where a run runs off."""
+    flags, *_ = common.configured(flags, UNUSED, warmup="100")
+    options = f"{common.settings(flags)} --samples {samples}"
+    for seed, (method, own), stop in itertools.product(seeds, METHODS.items(), sorted(stops)):
+        key = dict(zip(KEY, (method, stop, seed), strict=True))
+        if not common.has_row(path, options, **key):
+            out = runs / f"{method}-{seed}"
+            ran_off = common.run([*flags, *own, "--base", "ddpm", "--seed", str(seed),
+                                  "--steps", str(stop)], out)
             if ran_off:
                 raise ValueError(f"{out}: the loss is {ran_off}")
-            shared = dict(method=method, step=stop, samples=samples, options=common.settings(flags))
-            new = common.text([shared | r for r in measure(out / "checkpoint.pt", samples)])
-            rows = common.replace_rows(rows, new, ["method", "step"])
-            common.write_rows(path, rows)
+            common.add_rows(path, options,
+                            [key | row for row in measure(out / "checkpoint.pt", samples)])
 
 
 def ratio(x, y):
@@ -200,35 +199,39 @@ def with_ratios(rows):
 
 def summary(rows):
     """As text, by part: the range of what was estimated, and how far the predictions are from what
-    was observed, mean of the absolute difference over layers, steps and ratios."""
+    was observed: the absolute difference, averaged over layers, steps and ratios, mean ± standard
+    deviation over seeds."""
     shown = []
     for part, mine in with_ratios(rows).groupby("part", sort=False):
-        error = {k: (mine[k] - mine["observed"]).abs() for k in ("predicted", "projected")}
+        error = {k: (mine[k] - mine["observed"]).abs().groupby(mine["seed"]).mean()
+                 for k in ("predicted", "projected")}
         shown.append({
             "gradient of": part,
             "‖μ_1‖/‖μ_2‖": f"{mine['mu_ratio'].min():.2f} to {mine['mu_ratio'].max():.2f}",
             "anisotropy": f"{mine['anisotropy'].min():.0f} to {mine['anisotropy'].max():.0f}",
-            "error of (F.7)": f"{error['predicted'].mean():.3f}",
-            "error from each weight's own projections": f"{error['projected'].mean():.3f}",
+            "error of (F.7)": common.spread(error["predicted"], 3),
+            "error from each weight's own projections": common.spread(error["projected"], 3),
             "(F.7) had no estimate": f"{mine['predicted'].isna().sum()} of {len(mine)}"})
     return common.markdown(shown)
 
 
 def table(rows):
-    """As text: what was estimated for each method, step, part and layer."""
+    """As text: what was estimated for each method, step, part and layer, mean ± standard deviation
+    over seeds."""
     shown = []
     keys = ["method", "step", "part", "layer"]
+    digits = {"‖μ_1‖/‖μ_2‖": ("mu_ratio", 2), "σ_1/σ_2": ("sigma_ratio", 2),
+              "σ/μ": ("sigma_over_mu", 1), "cos": ("cos", 2), "quality": ("quality", 2),
+              "anisotropy": ("anisotropy", 1), "kurtosis": ("kurtosis", 1)}
     for (method, step, part, layer), mine in with_ratios(rows).groupby(keys, sort=False):
-        r = mine.iloc[0]
-        row = {"method, step": f"{method}, {step:.0f}", "gradient of": part, "layer": layer,
-               "‖μ_1‖/‖μ_2‖": f"{r['mu_ratio']:.2f}", "σ_1/σ_2": f"{r['sigma_ratio']:.2f}",
-               "σ/μ": f"{r['sigma_over_mu']:.1f}", "cos": f"{r['cos']:.2f}",
-               "quality": f"{r['quality']:.2f}", "anisotropy": f"{r['anisotropy']:.1f}",
-               "kurtosis": f"{r['kurtosis']:.1f}"}
+        row = {"method, step": f"{method}, {step:.0f}", "gradient of": part, "layer": layer}
+        of_ratio = {a: mine[mine["a"] == a] for a in RATIOS}
+        row |= {name: common.spread(of_ratio[RATIOS[0]][column], n)  # the same for all ratios
+                for name, (column, n) in digits.items()}
         for a in RATIOS[1:4]:
-            at = mine[mine["a"] == a].iloc[0]
-            row[f"Π_maj at a = {a:g}: (F.7) / projected / observed"] = (
-                f"{at['predicted']:.2f} / {at['projected']:.2f} / {at['observed']:.2f}")
+            row[f"Π_maj at a = {a:g}: (F.7) / projected / observed"] = " / ".join(
+                common.spread(of_ratio[a][kind], 2) for kind in ("predicted", "projected",
+                                                                 "observed"))
         shown.append(row)
     return common.markdown(shown)
 
@@ -243,8 +246,8 @@ def draw(rows, path):
         label = "DDPM: W" if part == "W" else f"CM: {part}"
         for axis, kind in zip(axes, ("predicted", "projected"), strict=False):
             axis.plot(mine[kind], mine["observed"], "o", ms=3, alpha=0.6, color=colour, label=label)
-        for _, of_layer in mine[mine["a"] == 0.9].groupby("layer", sort=False):
-            axes[2].plot(of_layer["step"], of_layer["observed"], "o-", lw=1, ms=3, color=colour,
+        for _, of_run in mine[mine["a"] == 0.9].groupby(["layer", "seed"], sort=False):
+            axes[2].plot(of_run["step"], of_run["observed"], "o-", lw=1, ms=3, color=colour,
                          alpha=0.7)
     for axis, title in zip(axes, ("(F.7)", "without F.1's equalities"), strict=False):
         axis.plot([0, 1], [0, 1], "k", lw=0.8)
@@ -257,19 +260,18 @@ def draw(rows, path):
 
 
 def main(argv=None):
-    parser = common.parser("gradients", __doc__)
+    parser = common.parser("gradients", __doc__, seeds=(10, 11, 12))
     parser.add_argument("--at", type=int, nargs="+", default=[100, 500, 2000],
                         help="steps to measure at")
     parser.add_argument("--samples", type=int, default=3000, help="per-sample gradients a class")
-    parser.add_argument("--runs", type=Path, default=Path("runs/gradients"))
     args, flags = parser.parse_known_args(argv)
     try:
         if args.samples < 3 * N or min(args.at) < 1:
             raise ValueError(f"--samples is {args.samples}, --at {min(args.at)}; "
                              f"they must be at least {3 * N} and 1")
         if not args.table:
-            study(args.rows, args.runs, args.at, args.samples, flags)
-        rows = common.numbers(common.read_table(args.rows), WORDS)
+            study(args.rows, args.runs, args.at, args.samples, flags, args.seeds)
+        rows = common.numbers(common.read_table(args.rows, KEY), WORDS)
         print(table(rows))
         print()
         print(summary(rows))

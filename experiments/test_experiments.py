@@ -81,7 +81,8 @@ def shown_cells(text):
     ("study", "--jobs 0", "--jobs is 0"), ("study", "--steps x", "invalid int"),
     ("study", "--table", "has no rows"), ("divergence", "--steps 5", "one for each"),
     ("divergence", "--table", "has no rows"), ("gradients", "--samples 10", "--samples is 10"),
-    ("gradients", "--table", "has no rows"), ("pruning", "", "--table"),
+    ("gradients", "--table", "has no rows"), ("gradients", "--seed 5", "type --seeds"),
+    ("gradients", "--base oc", "--base has no meaning"), ("pruning", "", "--table"),
     ("pruning", "--table", "has no rows"), ("pruning", "none.pt", "can't be loaded"),
     ("benchmark", "--repeats 0", "at least 1"), ("benchmark", "--size x", "invalid int"),
     ("assumptions", "--trials 0", "--trials is 0"), ("assumptions", "--seed x", "invalid int"),
@@ -1077,8 +1078,8 @@ def test_gradients_predict_nothing_from_estimates_that_no_means_have():
 
 def test_gradients_summary_counts_and_averages():
     from experiments import gradients
-    row = dict(method="DDPM", step=1, layer="L", part="W", mu_1=1, mu_2=3, sigma_1=20, sigma_2=10,
-               cos=0, quality=1, anisotropy=7, kurtosis=0)
+    row = dict(method="DDPM", step=1, seed=10, layer="L", part="W", mu_1=1, mu_2=3, sigma_1=20,
+               sigma_2=10, cos=0, quality=1, anisotropy=7, kurtosis=0)
     rows = pd.DataFrame([row | dict(a=a, predicted=p, projected=0.5, observed=0.75)
                          for a, p in zip(gradients.RATIOS, (1, math.nan, 0.5, 1, 1), strict=True)]
                         + [row | dict(a=a, layer="M", anisotropy=20, mu_2=0, predicted=1,
@@ -1088,21 +1089,32 @@ def test_gradients_summary_counts_and_averages():
     first, second = shown_cells(gradients.table(rows))[0][2:]
     sigma_over_mu = f"{math.sqrt(250 / 5):.1f}"
     assert first == ["DDPM, 1", "W", "L", "0.33", "2.00", sigma_over_mu, "0.00", "1.00", "7.0",
-                     "0.0", "nan / 0.50 / 0.75", "0.50 / 0.50 / 0.75", "1.00 / 0.50 / 0.75"]
-    assert second[3] == "nan"
+                     "0.0", "– / 0.50 / 0.75", "0.50 / 0.50 / 0.75", "1.00 / 0.50 / 0.75"]
+    assert second[3] == "–"
+    of_11 = rows.assign(seed=11, projected=rows["projected"] + 0.1, anisotropy=9)
+    both = pd.concat([rows, of_11])
+    error = "0.125 ± 0.035"  # layers L and M: 0.25 and 0.05 with seed 10, 0.15 and 0.05 with 11
+    assert shown_cells(gradients.summary(both))[0][2] == [
+        "W", "0.33 to 0.33", "7 to 20", "0.250 ± 0.000", error, "2 of 20"]
+    first = shown_cells(gradients.table(both))[0][2]
+    assert first[8] == "8.0 ± 1.4" and first[10] == "– / 0.55 ± 0.07 / 0.75 ± 0.00"
 
 
 def test_gradients_end_to_end_goes_on(tmp_path, capsys):
     from experiments import common, gradients
     own = ["--rows", str(tmp_path / "g.csv"), "--runs", str(tmp_path / "runs"),
            "--assets", str(tmp_path), "--samples", "300"]
-    assert gradients.main([*own, "--at", "3", *MINIATURE]) == 0
+    assert gradients.main([*own, "--at", "3", "--seeds", "11", *MINIATURE]) == 0
     first = common.read_rows(tmp_path / "g.csv")
     assert len(first) == 5 * 3 * (1 + 3) and set(first["method"]) == {"DDPM", "CM"}
-    assert gradients.main([*own, "--at", "3", "6", *MINIATURE]) == 0
+    assert gradients.main([*own, "--at", "3", "6", "--seeds", "10", "11", *MINIATURE]) == 0
     rows = common.read_rows(tmp_path / "g.csv")
-    assert len(rows) == 2 * len(first) and (tmp_path / "gradients.png").is_file()
-    assert rows[rows["step"] == "3"].reset_index(drop=True).equals(first)
+    assert len(rows) == 4 * len(first) and (tmp_path / "gradients.png").is_file()
+    of_11 = rows[(rows["step"] == "3") & (rows["seed"] == "11")]
+    of_10 = rows[(rows["step"] == "3") & (rows["seed"] == "10")]
+    assert of_11.reset_index(drop=True).equals(first)
+    moments = ["mu_1", "sigma_1", "anisotropy"]
+    assert (of_10[moments].to_numpy() != of_11[moments].to_numpy()).all()
     observed = rows[["projected", "observed"]].astype(float)
     assert ((observed >= 0) & (observed <= 1)).all(axis=None)
     shown = capsys.readouterr().out
