@@ -583,10 +583,11 @@ def draw_map(rows, path):
     axes = np.atleast_1d(figure.subplots(1, len(weights), sharey=True))
     style = dict(zip(sorted(set(points["n_max"])), ("o", "s", "^"), strict=False))
     color = dict(zip(FOUR[1:], ("C1", "C0", "C2"), strict=True))
+    aside = dict(zip(FOUR[1:], (0.95, 1, 1.05), strict=True))  # RS would hide CM with RS
     for axis, guidance in zip(axes, weights, strict=True):
         part = points[points["guidance"] == guidance]
         for (n_max, method), line in part.groupby(["n_max", "method"]):
-            axis.errorbar(line["passes"], line["mean"], yerr=line["half"], capsize=3,
+            axis.errorbar(aside[method] * line["passes"], line["mean"], line["half"], capsize=3,
                           marker=style[n_max], color=color[method], lw=1,
                           label=f"{method}, n_max {n_max:,.0f}")
         axis.axhline(0, color="k", lw=0.8)
@@ -598,6 +599,21 @@ def draw_map(rows, path):
     axes[0].set(ylabel="FD on Few, difference to DDPM\n(below 0: better)")
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     common.save(figure, path)
+
+
+def draw_few(rows, runs, path, n_max=200):
+    """The Few classes: the first training images, over and over where there are fewer, beside what
+    each of FOUR drew; of the first seed whose samples lie in `runs`."""
+    point = Point(ENDS[n_max])
+    for seed in at(rows, "DDPM", n_max, point.steps).index.astype(int):
+        directories = {m: common.directory_of((m, n_max, seed), runs) for m in FOUR}
+        files = {m: samples_of(METHODS[m], where, point) for m, where in directories.items()}
+        if all(file.is_file() for file in files.values()):
+            checkpoint = directories["DDPM"] / f"checkpoint-{point.steps}.pt"
+            config, _, counts = cm.load_trained(checkpoint)
+            few = cm.splits(counts)["Few"].tolist()
+            common.draw_samples(cm.Data(config), files, few, path, columns=6)
+            return
 
 
 # ------------------------------------------------------------------------------------------------
@@ -617,14 +633,16 @@ def table(rows):
 
 def heart(rows):
     """The README's table: the main methods at the end of training, without guidance."""
-    digits = {"FD overall": 1, "FD Few": 1, "recall Few": 2, "accuracy Few": 2, "loss Few": 4}
+    digits = {"FD overall": 1, "FD Few": 1, "recall Few": 2, "accuracy Few": 2, "loss Few": 4,
+              "memorised Few": 2}
     shown = []
     for n_max, steps in ENDS.items():
         plain = at(rows, "DDPM", n_max, steps)
         for method in (*FOUR, "OC", "CBDM", "CM, θ_g"):
             run = at(rows, method, n_max, steps)
             if len(run):
-                cells = {name: common.spread(run[name], n) for name, n in digits.items()}
+                cells = {name: common.spread(run[name], n) for name, n in digits.items()
+                         if name in run}
                 mean, half, pairs = common.difference(run["FD Few"], plain["FD Few"])
                 known = pairs and method != "DDPM"
                 cells["FD Few − DDPM's"] = common.interval(mean, half, 1) if known else ""
@@ -655,6 +673,7 @@ def main(argv=None):
             print(caveat + "\n")
         else:
             draw_map(rows, args.assets / f"{args.rows.stem}_map.png")
+            draw_few(rows, args.runs, args.assets / f"{args.rows.stem}_few.png")
         if not args.summary:
             print(table(rows))
         elif caveat:

@@ -795,17 +795,47 @@ def test_study_heart_shows_the_main_methods_at_the_end():
                        **{"CM, θ_g": [(30, 0.5)], "ADA": [(1, 1)]})
             + study_rows(200, OC=[(3, 0.1)], steps=8000)
             + study_rows(200, DDPM=[(1, 1)]) + study_rows(CM=[(1, 1)], guidance=1))
-    rows = numbers([row | {"FD overall": 2 * row["FD Few"], "accuracy Few": 0.25} for row in rows])
+    rows = numbers([row | {"FD overall": 2 * row["FD Few"], "accuracy Few": 0.25,
+                           "memorised Few": row["FD Few"] / 100} for row in rows])
     table, = shown_cells(study.heart(rows))
     assert table[0][-1] == "FD Few − DDPM's" and [row[:3] for row in table[2:]] == [
         ["200", "OC", "1"], ["1,000", "DDPM", "2"], ["1,000", "CM", "3"],
         ["1,000", "CM, θ_g", "1"]]
-    assert table[2][3:] == ["6.0", "3.0", "0.50", "0.25", "0.1000", ""]  # nothing to compare with
+    assert table[2][3:] == ["6.0", "3.0", "0.50", "0.25", "0.1000", "0.03", ""]  # no DDPM there
     assert table[3][3:] == ["30.0 ± 14.1", "15.0 ± 7.1", "0.50 ± 0.00", "0.25 ± 0.00",
-                            "0.1500 ± 0.0707", ""]
+                            "0.1500 ± 0.0707", "0.15 ± 0.07", ""]
     half = 12.7062 * 0.5  # t(0.975, 1 degree of freedom) times the standard error of -2 and -3
     assert table[4][-1] == f"-2.5 [{-2.5 - half:.1f}, {-2.5 + half:+.1f}]"
     assert table[5][-1] == "+20.0"
+    older, = shown_cells(study.heart(rows.drop(columns="memorised Few")))  # the first study's rows
+    assert [row[:-2] + row[-1:] for row in table] == older
+
+
+def test_study_draws_few_where_all_samples_are_here(tmp_path, monkeypatch):
+    from experiments import common, study
+    drawn = []
+    config, counts = cm.Config(), [5, 9, 1, 7, 3, 8]
+    checkpoint = tmp_path / "200-DDPM-11" / "checkpoint-8000.pt"
+    monkeypatch.setattr(cm, "load_trained", {checkpoint: (config, None, counts)}.get)
+    monkeypatch.setattr(cm, "Data", lambda config: config)
+    monkeypatch.setattr(common, "draw_samples",
+                        lambda *args, columns: drawn.append((*args, columns)))
+    rows = numbers(study_rows(DDPM=[(1, 1)]) + study_rows(200, steps=8000, DDPM=3 * [(1, 1)]))
+
+    def put(method, seed):
+        path = tmp_path / f"200-{method}-{seed}" / "samples-8000-ddim-g0.npz"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        return path
+
+    put("DDPM", 10)
+    paths = [put(name, 11) for name in ("DDPM", "RS", "CM")]
+    study.draw_few(rows, tmp_path, tmp_path / "few.png")
+    assert not drawn  # neither seed has all
+    paths.append(put("CM-with-RS", 11))
+    study.draw_few(rows, tmp_path, tmp_path / "few.png")
+    files = dict(zip(study.FOUR, paths, strict=True))
+    assert drawn == [(config, files, [4, 2], tmp_path / "few.png", 6)]
 
 
 def test_study_second_distances_against_scipy(tmp_path, monkeypatch):
