@@ -113,7 +113,7 @@ def draw(rows, path):
                     rotation=30, ha="right")
     axis.set(ylabel=f"change of the loss, %, {100 * rows['share'].iloc[0]:g} % pruned")
     axis.axhline(0, color="k", lw=0.8)
-    axis.legend()
+    axis.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     common.save(figure, path)
 
 
