@@ -3,7 +3,7 @@ training, without and with guidance.
 
     python -m experiments.study --data /usr/share/datasets/fashion-mnist   # what has no row yet
     python -m experiments.study --data DIR --stage 1000       # one stage (make_stages has them)
-    python -m experiments.study --table                       # tables and the map of the rows
+    python -m experiments.study --table                       # tables and pictures of the rows
     python -m experiments.study --table --summary             # the claims and the map's numbers
     python -m experiments.study --table --rows experiments/results/first_study.csv
 
@@ -601,9 +601,10 @@ def draw_map(rows, path):
     common.save(figure, path)
 
 
-def draw_few(rows, runs, path, n_max=200):
-    """The Few classes: the first training images, over and over where there are fewer, beside what
-    each of FOUR drew; of the first seed whose samples lie in `runs`."""
+def draw_few(rows, runs, path):
+    """The Few classes at the smallest n_max: the first training images, over and over where there
+    are fewer, beside what each of FOUR drew; of the first seed whose samples lie in `runs`."""
+    n_max = min(ENDS)
     point = Point(ENDS[n_max])
     for seed in at(rows, "DDPM", n_max, point.steps).index.astype(int):
         directories = {m: common.directory_of((m, n_max, seed), runs) for m in FOUR}
