@@ -634,8 +634,8 @@ def class_counts(n_max, ir, num_classes):
 def long_tail_indices(labels, ir, seed=0, n_max=None):
     """Indices of the long-tailed subset of `labels` [N], class by class; ir = 1 alone keeps all N.
 
-    As in the code that everyone's figures come from: RandomState(seed), classes in order, each
-    class's indices shuffled, the first N_c taken; n_max = N / C, or the smallest class where
+    As in the code that everyone's figures come from: RandomState(seed), there 0, classes in order,
+    each class's indices shuffled, the first N_c taken; n_max = N / C, or the smallest class where
     classes differ. A smaller `n_max` takes the first of the same order. Raises ValueError where a
     class has fewer images than its N_c."""
     labels = np.asarray(labels)
@@ -885,7 +885,7 @@ class Data:
     def __init__(self, config, device="cpu"):
         options = config.dataset, config.data, config.image_size
         images, labels, self.names = load_dataset(*options)
-        index = long_tail_indices(labels, config.ir, n_max=config.n_max)
+        index = long_tail_indices(labels, config.ir, config.subset_seed, config.n_max)
         index = index[np.argsort(labels[index], kind="stable")]
         self.images, self.labels = on_device(images[index], labels[index], device)
         self.counts = torch.bincount(self.labels, minlength=len(self.names))
@@ -1605,6 +1605,8 @@ class Config:
     n_max: int = option(
         "data", None, "images in the largest class, the others by --ir [default: all; where "
         "classes differ: as many as the smallest has]")
+    subset_seed: int = option(
+        "data", 0, "draws which images of a class are kept; 0 is the published draw")
     resample: float = option(
         "data", 1.0, "draw classes with p_c ~ N_c^q: 0.5 square root, 0 class-balanced, 1 off "
         "(Sec. 4.1, RS)", metavar="Q")
@@ -1711,6 +1713,7 @@ class Config:
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         check(self.seed < 2**63, "seed", self.seed, "below 2^63")
         check(self.n_max is None or self.n_max >= 1, "n_max", self.n_max, "at least 1")
+        check(0 <= self.subset_seed < 2**32, "subset_seed", self.subset_seed, "in [0, 2^32)")
         check(0 < self.rank_ratio <= 1, "rank_ratio", self.rank_ratio, "in (0, 1]")
         check(self.div_margin >= 0, "div_margin", self.div_margin, "at least 0")
         check(math.isfinite(self.guidance), "guidance", self.guidance, "a finite number")

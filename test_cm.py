@@ -121,12 +121,14 @@ def test_class_counts_are_the_published_ones():
 
 def test_long_tail_indices_follow_the_published_procedure():
     labels = np.random.RandomState(3).permutation(np.repeat(np.arange(10), 60))
-    np.random.seed(0)  # the published code seeds numpy globally
-    expected = []
-    for c in range(10):
-        index = np.where(labels == c)[0]
-        np.random.shuffle(index)
-        expected.extend(index[: int(60 * 0.05 ** (c / 9.0))])
+    for seed in (5, 0):
+        np.random.seed(seed)  # the published code seeds numpy globally
+        expected = []
+        for c in range(10):
+            index = np.where(labels == c)[0]
+            np.random.shuffle(index)
+            expected.extend(index[: int(60 * 0.05 ** (c / 9.0))])
+        assert cm.long_tail_indices(labels, 20, seed).tolist() == expected
     assert cm.long_tail_indices(labels.tolist(), 20).tolist() == expected
     assert cm.long_tail_indices(labels, 1).tolist() == list(range(600))
     few = cm.long_tail_indices(labels, 20, n_max=30)  # the same order, fewer of each
@@ -1541,9 +1543,10 @@ def test_draw_batch_draws_what_it_says():
 
 def test_data_is_the_long_tailed_set_sorted_by_class(tmp_path, fashion):
     images, labels = cm.draw_shapes(1000, 8, seed=0)
-    for c in (config(dataset="shapes", ir=20, n_max=60), config(dataset="shapes", ir=1)):
+    for c in (config(dataset="shapes", ir=20, n_max=60, subset_seed=7),
+              config(dataset="shapes", ir=1)):
         data = cm.Data(c)
-        chosen = cm.long_tail_indices(labels, c.ir, n_max=c.n_max)
+        chosen = cm.long_tail_indices(labels, c.ir, c.subset_seed, c.n_max)
         chosen = np.concatenate([[i for i in chosen if labels[i] == k] for k in range(10)])
         assert (data.images.permute(0, 2, 3, 1).numpy() == images[chosen]).all()
         assert data.labels.tolist() == labels[chosen].tolist() and data.names == list(cm.SHAPES)
@@ -1962,6 +1965,8 @@ BAD = {  # name: (arguments, what the line must say); {d} is what `bad` makes
         "--n-max 1001 asks for 1001 images of class 0, which has 1000",
     ),
     "n-max 0": ("--n-max 0", "--n-max is 0"),
+    "subset seed below 0": ("--subset-seed -1", "--subset-seed is -1; it must be in [0, 2^32)"),
+    "subset seed of 32 bits": ("--subset-seed 4294967296", "--subset-seed is 4294967296"),
     "seed of 64 bits": ("--seed 9223372036854775808", "below 2^63"),
     "no images": ("--sample {d}/run/checkpoint.pt --num-images 0", "--num-images is 0"),
     "samples into nowhere": (

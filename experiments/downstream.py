@@ -39,8 +39,8 @@ MILESTONE = 1500  # a step at which the study wants a checkpoint, too
 SHOWN = ("precision", "recall", "recall Many", "recall Medium", "recall Few")
 LABELS = ["label accuracy", "label accuracy Few"]
 KEY = ["setting", "guidance", "seed"]  # a run's
-UNUSED = ("unconditional", "no_cm", "resample", "base", "cbdm_prior", "seed", "amp", "compile",
-          "run", "sampling")  # options of cm.py, and groups of them, that would have no effect
+UNUSED = ("subset_seed", "unconditional", "no_cm", "resample", "base", "cbdm_prior", "seed", "amp",
+          "compile", "run", "sampling")  # options of cm.py, and groups, that would have no effect
 PAPER = {"CM − DDPM": "+2.50, +4.44", "CM − real images": "+5.98, +9.53",  # Tab. G.8, points:
          "DDPM − real images": "+3.48, +5.09"}  # differences in precision and in recall
 

@@ -22,6 +22,7 @@ of held-out real ones.
 import contextlib
 import fcntl
 import functools
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -49,7 +50,8 @@ from experiments import baselines, common
 
 class Method(NamedTuple):
     """base: the method it is compared with; flags, losses, network: as in baselines.Variation;
-    general: theta_g is sampled; tunes: the steps of its base at whose weights it starts."""
+    general: theta_g is sampled; tunes: the steps of its base at whose weights it starts; draws:
+    the seed draws the long-tailed set, too, instead of the published draw."""
 
     base: str
     flags: str = ""
@@ -57,6 +59,7 @@ class Method(NamedTuple):
     network: Callable = cm.make_unet
     general: bool = False
     tunes: int = 0
+    draws: bool = False
 
 
 METHODS = {
@@ -80,11 +83,13 @@ METHODS = {
     "CBDM (LoRA)": Method("CBDM", *baselines.BASELINES["CBDM (LoRA)"], tunes=6000),
 }
 FOUR = ("DDPM", "RS", "CM", "CM with RS")
+DRAWN = {f"{name}, drawn images": METHODS[name]._replace(
+    base=f"{METHODS[name].base}, drawn images", draws=True) for name in FOUR}
 NETWORKS = {  # Fig. 4d, and the other imbalance of the paper
     f"{name} {flags}": Method(f"DDPM {flags}", f"{METHODS[name].flags} {flags}")
     for flags in ("--ir 50", "--multipliers 1 2 2 2", "--multipliers 1 2 3 4")
     for name in ("DDPM", "CM")}
-METHODS |= NETWORKS
+METHODS |= DRAWN | NETWORKS
 METHODS |= {f"CM, m = {m}": Method("DDPM", f"--div-margin {m}")  # the first study's sweep
             for m in ("0", "0.01", "0.03", "0.1", "inf")}
 
@@ -133,6 +138,7 @@ def make_stages():
         "200": Stage(200, range(10, 16), FOUR, (Point(8000),)),
         "200-map": Stage(200, range(10, 16), FOUR, (Point(1500), Point(4000), Point(8000, 1))),
         "6000": Stage(6000, range(10, 15), FOUR, end),
+        "images": Stage(1000, range(10, 18), tuple(DRAWN), end),
         "compute": Stage(1000, range(10, 18), ("DDPM", "RS"), (Point(equal_compute(6000)),)),
         "bases": Stage(1000, range(10, 15), ("OC", "CM on OC", "CBDM", "CM on CBDM"), end),
         "general": Stage(1000, range(10, 18), ("CM, θ_g",), end),
@@ -188,6 +194,7 @@ def measure(run, points, milestones, flags, directory, num_images):
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
         fcntl.flock(lock, fcntl.LOCK_EX)  # a killed study may have left this run's process behind
         own = ["--base", "ddpm", *spec.flags.split(), "--n-max", str(n_max), "--seed", str(seed)]
+        own += ["--subset-seed", str(seed)] * spec.draws
         last, ran_off, rows = max(point.steps for point in points), "", []
         for steps in sorted(s for s in milestones if s <= last):
             checkpoint = directory / f"checkpoint-{steps}.pt"
@@ -345,7 +352,7 @@ def study(names, path, runs, flags, jobs, num_images):
     """Run what has no row yet, `jobs` at a time. 0, or 1 where runs were stopped. Raises ValueError
     on bad options."""
     flags = common.with_defaults(flags, warmup="100")
-    own = {"--steps", "--n-max", "--seed"}.intersection(flags)
+    own = {"--steps", "--n-max", "--seed", "--subset-seed"}.intersection(flags)
     if own:
         raise ValueError(f"{min(own)} is set by the stages (make_stages in study.py)")
     missing = missing_points(names, common.read_rows(path, common.settings(flags)), runs)
@@ -637,15 +644,16 @@ def heart(rows):
     digits = {"FD overall": 1, "FD Few": 1, "recall Few": 2, "accuracy Few": 2, "loss Few": 4,
               "memorised Few": 2}
     shown = []
-    for n_max, steps in ENDS.items():
-        plain = at(rows, "DDPM", n_max, steps)
-        for method in (*FOUR, "OC", "CBDM", "CM, θ_g"):
+    compared = (*FOUR, "OC", "CBDM", "CM, θ_g"), tuple(DRAWN)  # the first: what plain is
+    for (n_max, steps), methods in itertools.product(ENDS.items(), compared):
+        plain = at(rows, methods[0], n_max, steps)
+        for method in methods:
             run = at(rows, method, n_max, steps)
             if len(run):
                 cells = {name: common.spread(run[name], n) for name, n in digits.items()
                          if name in run}
                 mean, half, pairs = common.difference(run["FD Few"], plain["FD Few"])
-                known = pairs and method != "DDPM"
+                known = pairs and method != methods[0]
                 cells["FD Few − DDPM's"] = common.interval(mean, half, 1) if known else ""
                 shown.append({"n_max": f"{n_max:,}", "method": method, "seeds": len(run)} | cells)
     return common.markdown(shown)

@@ -405,12 +405,13 @@ def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cm, "report", lambda *args: None)
     flags = [*MINIATURE, "--ir", "8", "--checkpoint-every", "10"]
     own = ["--rows", str(tmp_path / "rows.csv"), "--runs", str(tmp_path / "runs"),
-           "--assets", str(tmp_path), "--num-images", "60", "--jobs", "1", "--stage", "a", "b"]
+           "--assets", str(tmp_path), "--num-images", "60", "--jobs", "1", "--stage", "a", "b", "d"]
     three = range(3, 4)
     stages = study_stages(
         a=(40, three, ("DDPM",), (study.Point(20), study.Point(60))),
         b=(40, three, ("CM", "CM, θ_g"), (study.Point(60), study.Point(60, 1))),
-        c=(40, three, ("DDPM",), (study.Point(30),)))
+        c=(40, three, ("DDPM",), (study.Point(30),)),
+        d=(40, three, ("DDPM, drawn images",), (study.Point(20),)))
     monkeypatch.setattr(study, "make_stages", stages)
     directory = tmp_path / "runs" / "40-DDPM-3"
     checkpoint = directory / "run" / "checkpoint.pt"
@@ -428,7 +429,8 @@ def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
         here.setattr(fid, "train_classifier", functools.partial(fid.train_classifier, steps=10))
         assert study.main([*own, *flags]) == 0
     rows = common.read_rows(tmp_path / "rows.csv")
-    assert rows["method"].tolist() == ["DDPM"] * 2 + ["CM"] * 2 + ["CM, θ_g"] * 2
+    assert rows["method"].tolist() == [
+        *["DDPM"] * 2, *["CM"] * 2, *["CM, θ_g"] * 2, "DDPM, drawn images"]
     assert rows[study.KEY[1:]].iloc[:4].values.tolist() == [
         ["40", "20", "3", "0", "ddim"], ["40", "60", "3", "0", "ddim"],
         ["40", "60", "3", "0", "ddim"], ["40", "60", "3", "1", "ddim"]]
@@ -443,12 +445,17 @@ def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
 
     before = (tmp_path / "rows.csv").read_bytes()
     assert study.main(own + flags) == 0
-    assert "6 points have rows, 0 to do" in capsys.readouterr().out
+    assert "7 points have rows, 0 to do" in capsys.readouterr().out
     assert (tmp_path / "rows.csv").read_bytes() == before
-    for more, says in (("--lr 1e-4", "made with other options"), ("--steps 5", "--steps is set")):
+    for more, says in (("--lr 1e-4", "made with other options"), ("--steps 5", "--steps is set"),
+                       ("--subset-seed 5", "--subset-seed is set")):
         with pytest.raises(SystemExit):
             study.main(own + flags + more.split())
         assert says in capsys.readouterr().err
+
+    drawn, published = (cm.load_trained(tmp_path / "runs" / name / "checkpoint-20.pt")[0]
+                        for name in ("40-DDPM-drawn-images-3", "40-DDPM-3"))
+    assert (drawn.subset_seed, drawn.seed, published.subset_seed, published.seed) == (3, 3, 0, 3)
 
     # the resumed run is the uninterrupted one, guidance and theta_g are what was sampled
     whole = tmp_path / "whole"
@@ -474,7 +481,7 @@ def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
     common.write_rows(tmp_path / "rows.csv", less)
     (directory / "checkpoint-30.pt").unlink()
     assert study.main(own + flags) == 0
-    assert "5 points have rows, 1 to do in 1 runs" in capsys.readouterr().out
+    assert "6 points have rows, 1 to do in 1 runs" in capsys.readouterr().out
     assert (tmp_path / "rows.csv").read_bytes() == before
 
     check_cells(rows, whole / "CM" / "checkpoint.pt", whole, tmp_path / "runs" / "fid")
@@ -792,7 +799,8 @@ def test_study_map_shows_passes_of_all_and_of_few():
 def test_study_heart_shows_the_main_methods_at_the_end():
     from experiments import study
     rows = (study_rows(DDPM=[(10, 0.1), (20, 0.2)], CM=[(8, 0.3), (17, 0.4), (5, 0.1)],
-                       **{"CM, θ_g": [(30, 0.5)], "ADA": [(1, 1)]})
+                       **{"CM, θ_g": [(30, 0.5)], "ADA": [(1, 1)],
+                          "CM, drawn images": [(7, 0.3)], "DDPM, drawn images": [(9, 0.2)]})
             + study_rows(200, OC=[(3, 0.1)], steps=8000)
             + study_rows(200, DDPM=[(1, 1)]) + study_rows(CM=[(1, 1)], guidance=1))
     rows = numbers([row | {"FD overall": 2 * row["FD Few"], "accuracy Few": 0.25,
@@ -800,13 +808,14 @@ def test_study_heart_shows_the_main_methods_at_the_end():
     table, = shown_cells(study.heart(rows))
     assert table[0][-1] == "FD Few − DDPM's" and [row[:3] for row in table[2:]] == [
         ["200", "OC", "1"], ["1,000", "DDPM", "2"], ["1,000", "CM", "3"],
-        ["1,000", "CM, θ_g", "1"]]
+        ["1,000", "CM, θ_g", "1"], ["1,000", "DDPM, drawn images", "1"],
+        ["1,000", "CM, drawn images", "1"]]
     assert table[2][3:] == ["6.0", "3.0", "0.50", "0.25", "0.1000", "0.03", ""]  # no DDPM there
     assert table[3][3:] == ["30.0 ± 14.1", "15.0 ± 7.1", "0.50 ± 0.00", "0.25 ± 0.00",
                             "0.1500 ± 0.0707", "0.15 ± 0.07", ""]
     half = 12.7062 * 0.5  # t(0.975, 1 degree of freedom) times the standard error of -2 and -3
     assert table[4][-1] == f"-2.5 [{-2.5 - half:.1f}, {-2.5 + half:+.1f}]"
-    assert table[5][-1] == "+20.0"
+    assert [row[-1] for row in table[5:]] == ["+20.0", "", "-2.0"]
     older, = shown_cells(study.heart(rows.drop(columns="memorised Few")))  # the first study's rows
     assert [row[:-2] + row[-1:] for row in table] == older
 
