@@ -604,7 +604,10 @@ def draw_map(rows, path):
         axis.set_xlim(points["passes"].min() / 1.5, points["passes"].max() * 1.5)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="FD on Few, difference to DDPM\n(below 0: better)")
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    lines = {}  # not every line has a point at every guidance
+    for axis in axes:
+        lines |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    axes[-1].legend(lines.values(), lines, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     common.save(figure, path)
 
 

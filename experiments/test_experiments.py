@@ -796,6 +796,24 @@ def test_study_map_shows_passes_of_all_and_of_few():
     assert study.map_table(numbers(study_rows(CM=[(1, 1)]))) == ""
 
 
+def test_study_map_names_every_line_where_a_guidance_lacks_some(monkeypatch):
+    from experiments import common, study
+    drawn = []
+    monkeypatch.setattr(common, "save", lambda figure, path: drawn.append(figure))
+    rows = study_rows(CM=[(1, 1)], DDPM=[(2, 1)], RS=[(1, 1)])
+    rows += study_rows(200, 8000, 1, CM=[(1, 1)], DDPM=[(2, 1)])
+    study.draw_map(numbers(rows), None)
+    left, right = drawn[0].axes
+    assert [axis.get_title() for axis in (left, right)] == ["guidance 0", "guidance 1"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == [
+        "CM, n_max 1,000", "RS, n_max 1,000", "CM, n_max 200"]
+    passes = [32 * 6000 / sum(cm.class_counts(1000, 100, 10)),
+              32 * 8000 / sum(cm.class_counts(200, 100, 10))]
+    points = [container[0].get_xydata()[0] for axis in (left, right)
+              for container in axis.containers]
+    np.testing.assert_allclose(points, [(passes[0], -1), (0.95 * passes[0], -1), (passes[1], -1)])
+
+
 def test_study_heart_shows_the_main_methods_at_the_end():
     from experiments import study
     rows = (study_rows(DDPM=[(10, 0.1), (20, 0.2)], CM=[(8, 0.3), (17, 0.4), (5, 0.1)],
