@@ -131,7 +131,7 @@ def equal_compute(steps):
 def make_stages():
     """{name: Stage}, in the order in which they are run. Stages that are run together share their
     runs: those for the map train nothing of their own then."""
-    end = (Point(6000),)
+    end, longer = (Point(6000),), (Point(equal_compute(6000)),)
     return {
         "1000": Stage(1000, range(10, 18), FOUR, end),
         "1000-map": Stage(1000, range(10, 18), FOUR, (Point(1500), Point(6000, 1))),
@@ -139,7 +139,9 @@ def make_stages():
         "200-map": Stage(200, range(10, 16), FOUR, (Point(1500), Point(4000), Point(8000, 1))),
         "6000": Stage(6000, range(10, 15), FOUR, end),
         "images": Stage(1000, range(10, 18), tuple(DRAWN), end),
-        "compute": Stage(1000, range(10, 18), ("DDPM", "RS"), (Point(equal_compute(6000)),)),
+        "compute": Stage(1000, range(10, 18), ("DDPM", "RS"), longer),
+        "images-compute": Stage(1000, range(10, 18), ("DDPM, drawn images", "RS, drawn images"),
+                                longer),
         "bases": Stage(1000, range(10, 15), ("OC", "CM on OC", "CBDM", "CM on CBDM"), end),
         "general": Stage(1000, range(10, 18), ("CM, θ_g",), end),
         "200-general": Stage(200, range(10, 16), ("CM, θ_g",), (Point(8000),)),
