@@ -612,6 +612,11 @@ def test_study_stages_are_what_was_fixed_beforehand():
     compute = study.equal_compute(6000)
     assert study.milestones_of(("RS", 1000, 17)) == [1500, 6000, compute]
     assert study.milestones_of(("CM with RS", 200, 15)) == [1500, 4000, 8000]
+    assert study.milestones_of(("RS, drawn images", 1000, 10)) == [6000, compute]
+    for name in study.FOUR:
+        drawn, published = study.METHODS[f"{name}, drawn images"], study.METHODS[name]
+        assert drawn.draws and not published.draws and drawn.flags == published.flags
+        assert drawn.base == f"{published.base}, drawn images"
 
 
 def test_equal_compute_is_the_ratio_of_flops():
