@@ -483,6 +483,11 @@ def make_claims():
     return found + [(1000, (ours, 6000), (other, equal_compute(6000))) for ours, other in pairs]
 
 
+def steps_of(ours, other):
+    """The steps of two (method, steps), as the tables show them."""
+    return " and ".join(f"{n:,}" for n in sorted({ours[1], other[1]}))
+
+
 def verdict(fd, p, recall, memorised):
     """Of a claim. fd, recall, memorised: (mean, half-width, seeds) of the paired difference; p:
     adjusted, two-sided."""
@@ -517,19 +522,35 @@ def claims(rows):
                                              strict=True):
         fd, recall, memorised = (common.difference(*(run[name] for run in pair)) for name in
                                  ("FD Few", "recall Few", "memorised Few"))
-        steps = " and ".join(f"{n:,}" for n in sorted({ours[1], other[1]}))
         planned = len(make_stages()[str(n_max)].seeds)
         difference = common.interval(*fd[:2], 1) if fd[2] else "–"
         if sign_differs(*pair):
             difference += " (FD2: sign differs)"
         shown.append({
-            "claim": f"{ours[0]} below {other[0]}", "n_max": f"{n_max:,}", "steps": steps,
-            "seeds": f"{fd[2]} of {planned}", "FD Few, ours": common.spread(pair[0]["FD Few"], 1),
+            "claim": f"{ours[0]} below {other[0]}", "n_max": f"{n_max:,}",
+            "steps": steps_of(ours, other), "seeds": f"{fd[2]} of {planned}",
+            "FD Few, ours": common.spread(pair[0]["FD Few"], 1),
             "FD Few, theirs": common.spread(pair[1]["FD Few"], 1), "difference": difference,
             "recall Few": common.interval(*recall[:2], 3) if fd[2] else "–",
             "memorised Few": common.interval(*memorised[:2], 3) if fd[2] else "–",
             "p, Holm": f"{p:.3f}" if fd[2] > 1 else "–",
             "verdict": verdict(fd, p, recall, memorised)})
+    return common.markdown(shown)
+
+
+def by_seed(rows):
+    """The table of the claims' differences seed by seed, and of the same on drawn images."""
+    drawn = [(n_max, *((f"{method}, drawn images", steps) for method, steps in pair))
+             for n_max, *pair in make_claims() if n_max == 1000]
+    shown = []
+    for n_max, ours, other in make_claims() + drawn:
+        run, base = (at(rows, method, n_max, steps) for method, steps in (ours, other))
+        each = {name: (run[name] - base[name]).dropna() for name in ("FD Few", "FD2 Few")}
+        if len(each["FD Few"]):
+            shown.append({"difference": f"{ours[0]} − {other[0]}", "n_max": f"{n_max:,}",
+                          "steps": steps_of(ours, other),
+                          "seeds": ", ".join(f"{seed:.0f}" for seed in each["FD Few"].index)}
+                         | {name: ", ".join(f"{x:+.1f}" for x in d) for name, d in each.items()})
     return common.markdown(shown)
 
 
@@ -649,7 +670,7 @@ def heart(rows):
     digits = {"FD overall": 1, "FD Few": 1, "recall Few": 2, "accuracy Few": 2, "loss Few": 4,
               "memorised Few": 2}
     shown = []
-    compared = (*FOUR, "OC", "CBDM", "CM, θ_g"), tuple(DRAWN)  # the first: what plain is
+    compared = (*FOUR, "OC", "CBDM", "CM, θ_g"), tuple(DRAWN)  # with the first of each
     for (n_max, steps), methods in itertools.product(ENDS.items(), compared):
         plain = at(rows, methods[0], n_max, steps)
         for method in methods:
@@ -694,6 +715,8 @@ def main(argv=None):
             print(heart(rows))  # the claims are the second study's
         else:
             print("\n\n".join([heart(rows), "The claims", claims(rows),
+                               "The claims, seed by seed, and the same on drawn images",
+                               by_seed(rows),
                                "The map: difference to DDPM in FD Few (seeds)", map_table(rows)]))
         return status
     except (ValueError, OSError) as e:

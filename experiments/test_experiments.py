@@ -752,6 +752,25 @@ def test_study_claims_are_eight_and_paired():
     assert abs(float(later["p, Holm"]) - min(1, 7 * p)) < 1e-3
 
 
+def test_study_shows_the_claims_seed_by_seed_and_the_same_on_drawn_images():
+    from experiments import study
+    equal = study.equal_compute(6000)
+    drawn = {"DDPM, drawn images": [(10, 0)], "CM, drawn images": [(7, 0), (1, 0)]}
+    rows = [row | {"FD2 Few": 3 * row["FD Few"]} for row in (
+        study_rows(DDPM=[(10, 0), (20, 0), (30, 0)], CM=[(8.5, 0), (21, 0)], **drawn)
+        + study_rows(DDPM=[(9, 0)], **{"DDPM, drawn images": [(5, 0)]}, seed=11, steps=equal)
+        + study_rows(6000, **{"RS": [(5, 0)], "CM with RS": [(4.5, 0)]})
+        + study_rows(CM=[(50, 0)], guidance=1))]
+    table, = shown_cells(study.by_seed(numbers(rows)))
+    assert table[0][3:] == ["seeds", "FD Few", "FD2 Few"] and table[2:] == [
+        ["CM − DDPM", "1,000", "6,000", "10, 11", "-1.5, +1.0", "-4.5, +3.0"],
+        ["CM with RS − RS", "6,000", "6,000", "10", "-0.5", "-1.5"],
+        ["CM − DDPM", "1,000", f"6,000 and {equal:,}", "11", "+12.0", "+36.0"],
+        ["CM, drawn images − DDPM, drawn images", "1,000", "6,000", "10", "-3.0", "-9.0"],
+        ["CM, drawn images − DDPM, drawn images", "1,000", f"6,000 and {equal:,}", "11", "-4.0",
+         "-12.0"]]
+
+
 def test_study_compares_with_the_base_and_shows_what_ran_off():
     from experiments import study
     assert [study.spec_of(m).base for m in (
