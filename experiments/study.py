@@ -84,12 +84,16 @@ METHODS = {
 }
 FOUR = ("DDPM", "RS", "CM", "CM with RS")
 DRAWN = {f"{name}, drawn images": METHODS[name]._replace(
-    base=f"{METHODS[name].base}, drawn images", draws=True) for name in FOUR}
+    base=f"{METHODS[name].base}, drawn images", draws=True) for name in (*FOUR, "CM, λ = 0")}
+OVERLAPS = {  # of which baselines.py has the one with the lowest FD on Few
+    f"Overlap, γ = {gamma}, m = {margin}": METHODS["Overlap"]._replace(
+        losses=type("Overlap", (baselines.Overlap,), dict(gamma=gamma, margin=margin)))
+    for gamma in (10, 100) for margin in (3e-5, 1e-4, 3e-4)}
 NETWORKS = {  # Fig. 4d, and the other imbalance of the paper
     f"{name} {flags}": Method(f"DDPM {flags}", f"{METHODS[name].flags} {flags}")
     for flags in ("--ir 50", "--multipliers 1 2 2 2", "--multipliers 1 2 3 4")
     for name in ("DDPM", "CM")}
-METHODS |= DRAWN | NETWORKS
+METHODS |= DRAWN | OVERLAPS | NETWORKS
 METHODS |= {f"CM, m = {m}": Method("DDPM", f"--div-margin {m}")  # the first study's sweep
             for m in ("0", "0.01", "0.03", "0.1", "inf")}
 
@@ -143,6 +147,7 @@ def make_stages():
         "images-compute": Stage(1000, range(10, 18), ("DDPM, drawn images", "RS, drawn images"),
                                 longer),
         "bases": Stage(1000, range(10, 15), ("OC", "CM on OC", "CBDM", "CM on CBDM"), end),
+        "overlap": Stage(1000, range(1), tuple(OVERLAPS), (Point(2000),)),  # a seed of its own
         "general": Stage(1000, range(10, 18), ("CM, θ_g",), end),
         "200-general": Stage(200, range(10, 16), ("CM, θ_g",), (Point(8000),)),
         "controls": Stage(1000, range(10, 13), (

@@ -613,10 +613,16 @@ def test_study_stages_are_what_was_fixed_beforehand():
     assert study.milestones_of(("RS", 1000, 17)) == [1500, 6000, compute]
     assert study.milestones_of(("CM with RS", 200, 15)) == [1500, 4000, 8000]
     assert study.milestones_of(("RS, drawn images", 1000, 10)) == [6000, compute]
-    for name in study.FOUR:
+    assert study.milestones_of(("Overlap, γ = 100, m = 0.0003", 1000, 0)) == [2000]
+    for name in (*study.FOUR, "CM, λ = 0"):
         drawn, published = study.METHODS[f"{name}, drawn images"], study.METHODS[name]
         assert drawn.draws and not published.draws and drawn.flags == published.flags
         assert drawn.base == f"{published.base}, drawn images"
+    tried = {name: method.losses for name, method in study.OVERLAPS.items()}
+    assert all(name == f"Overlap, γ = {losses.gamma}, m = {losses.margin}"
+               and issubclass(losses, study.baselines.Overlap) for name, losses in tried.items())
+    chosen = study.METHODS["Overlap"].losses
+    assert len(tried) == 6 and f"Overlap, γ = {chosen.gamma:g}, m = {chosen.margin}" in tried
 
 
 def test_equal_compute_is_the_ratio_of_flops():
