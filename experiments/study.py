@@ -670,23 +670,47 @@ def table(rows):
     return "\n".join(lines)
 
 
-def heart(rows):
-    """The README's table: the main methods at the end of training, without guidance."""
+def in_brief(run):
+    """A summary's cells of a run, by seed: the spread of what matters most."""
     digits = {"FD overall": 1, "FD Few": 1, "recall Few": 2, "accuracy Few": 2, "loss Few": 4,
               "memorised Few": 2}
-    shown = []
+    return {"seeds": len(run)} | {name: common.spread(run[name], n)
+                                  for name, n in digits.items() if name in run}
+
+
+def gap(run, base, name):
+    """A summary's cell: the paired difference of a measure; empty without a pair."""
+    mean, half, pairs = common.difference(run[name], base[name])
+    return common.interval(mean, half, 1) if pairs else ""
+
+
+def heart(rows):
+    """The README's table: the main methods at the end of training, without guidance."""
     compared = (*FOUR, "OC", "CBDM", "CM, θ_g"), tuple(DRAWN)  # with the first of each
+    shown = []
     for (n_max, steps), methods in itertools.product(ENDS.items(), compared):
         plain = at(rows, methods[0], n_max, steps)
         for method in methods:
             run = at(rows, method, n_max, steps)
             if len(run):
-                cells = {name: common.spread(run[name], n) for name, n in digits.items()
-                         if name in run}
-                mean, half, pairs = common.difference(run["FD Few"], plain["FD Few"])
-                known = pairs and method != methods[0]
-                cells["FD Few − DDPM's"] = common.interval(mean, half, 1) if known else ""
-                shown.append({"n_max": f"{n_max:,}", "method": method, "seeds": len(run)} | cells)
+                difference = gap(run, plain, "FD Few") if method != methods[0] else ""
+                shown.append({"n_max": f"{n_max:,}", "method": method} | in_brief(run)
+                             | {"FD Few − DDPM's": difference})
+    return common.markdown(shown)
+
+
+def others(rows):
+    """The table of the paper's other methods and of the controls, beside what each starts from."""
+    shown = []
+    for stage in (make_stages()[name] for name in ("bases", "controls", "lora", "networks")):
+        for method in stage.methods:
+            spec, steps = spec_of(method), stage.points[0].steps
+            start = spec.base if spec.base != method else ""
+            run = at(rows, method, stage.n_max, steps)
+            base = at(rows, start, stage.n_max, spec.tunes or steps)
+            if len(run):
+                shown.append({"method": method} | in_brief(run) | {"base": start} | {
+                    f"{name} − base's": gap(run, base, name) for name in ("FD Few", "FD2 Few")})
     return common.markdown(shown)
 
 
@@ -722,6 +746,8 @@ def main(argv=None):
             print("\n\n".join([heart(rows), "The claims", claims(rows),
                                "The claims, seed by seed, and the same on drawn images",
                                by_seed(rows),
+                               "The paper's other methods, and controls, at n_max 1,000",
+                               others(rows),
                                "The map: difference to DDPM in FD Few (seeds)", map_table(rows)]))
         return status
     except (ValueError, OSError) as e:

@@ -868,6 +868,34 @@ def test_study_heart_shows_the_main_methods_at_the_end():
     assert [row[:-2] + row[-1:] for row in table] == older
 
 
+def test_study_shows_the_others_beside_what_each_starts_from():
+    from experiments import study
+    rows = (study_rows(DDPM=[(10, 0.1), (20, 0.2)], CM=[(8, 0.3)], RS=[(1, 1)], OC=[(4, 0.1)],
+                       CBDM=[(5, 0.1)],
+                       **{"Focal": [(11, 0.1), (24, 0.2)], "CM, λ = 0": [(9, 0.1)],
+                          "CM on OC": [(2, 0.1)], "CM --ir 50": [(6, 0.1)],
+                          "DDPM --ir 50": [(9, 0.1)]})
+            + study_rows(200, Focal=[(1, 1)]) + study_rows(OC=[(1, 1)], guidance=1)
+            + study_rows(steps=3000, **{"CBDM (LoRA)": [(7.5, 0.1)]}))
+    rows = numbers([row | {"FD overall": 1, "accuracy Few": 0.25, "FD2 Few": 2 * row["FD Few"]}
+                    for row in rows])
+    table, = shown_cells(study.others(rows))
+    assert table[0][-3:] == ["base", "FD Few − base's", "FD2 Few − base's"]
+    half = 12.7062 * 1.5  # t(0.975, 1 degree of freedom) times the standard error of 1 and 4
+    ends = {row[0]: [row[1], *row[-3:]] for row in table[2:]}
+    assert ends == {
+        "OC": ["1", "DDPM", "-6.0", "-12.0"], "CM on OC": ["1", "OC", "-2.0", "-4.0"],
+        "CBDM": ["1", "DDPM", "-5.0", "-10.0"],
+        "Focal": ["2", "DDPM", f"+2.5 [{2.5 - half:.1f}, {2.5 + half:+.1f}]",
+                  f"+5.0 [{5 - 2 * half:.1f}, {5 + 2 * half:+.1f}]"],
+        "CM, λ = 0": ["1", "CM", "+1.0", "+2.0"], "CBDM (LoRA)": ["1", "CBDM", "+2.5", "+5.0"],
+        "DDPM --ir 50": ["1", "", "", ""], "CM --ir 50": ["1", "DDPM --ir 50", "-3.0", "-6.0"]}
+    assert list(ends)[3:] == ["Focal", "CM, λ = 0", "CBDM (LoRA)", "DDPM --ir 50", "CM --ir 50"]
+    assert study.others(numbers(study_rows(CM=[(1, 1)]))) == ""
+    alone = numbers([row | {"FD overall": 1} for row in study_rows(OC=[(1, 1)])])
+    assert shown_cells(study.others(alone))[0][2][-3:] == ["DDPM", "", ""]
+
+
 def test_study_draws_few_where_all_samples_are_here(tmp_path, monkeypatch):
     from experiments import common, study
     drawn = []
