@@ -193,22 +193,22 @@ def measure(run, points, milestones, flags, directory, num_images):
     spec = METHODS[method]
     directory.mkdir(parents=True, exist_ok=True)
     made_of = dict(losses=spec.losses, network=spec.network)
-    if spec.tunes:
-        start = common.directory_of((spec.base, n_max, seed), directory.parent)
-        made_of["network"] = baselines.lora_of(start / f"checkpoint-{spec.tunes}.pt")
     with (open(directory / "lock", "w") as lock,
           open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
         fcntl.flock(lock, fcntl.LOCK_EX)  # a killed study may have left this run's process behind
-        own = ["--base", "ddpm", *spec.flags.split(), "--n-max", str(n_max), "--seed", str(seed)]
-        own += ["--subset-seed", str(seed)] * spec.draws
         last, ran_off, rows = max(point.steps for point in points), "", []
         for steps in sorted(s for s in milestones if s <= last):
             checkpoint = directory / f"checkpoint-{steps}.pt"
             if not checkpoint.is_file() and not ran_off:
                 try:
-                    ran_off = common.run([*flags, *own, "--steps", str(steps)], directory / "run",
-                                         **made_of)
+                    if spec.tunes:
+                        base = spec.base, n_max, seed
+                        made_of["network"] = baselines.lora_of(common.checkpoint_at(
+                            spec.tunes, options_of(base, flags),
+                            common.directory_of(base, directory.parent), spec.tunes))
+                    ran_off = common.run([*options_of(run, flags), "--steps", str(steps)],
+                                         directory / "run", **made_of)
                 except SystemExit as e:
                     if e.code < 128:  # not a signal
                         raise
@@ -222,8 +222,21 @@ def measure(run, points, milestones, flags, directory, num_images):
                     if not ran_off:
                         row |= measured(spec, checkpoint, point, seed, num_images)
                     rows.append(row | dict(status=ran_off or "finished", device=device_name(),
-                                           options=common.settings(flags)))
+                                           options=recorded(flags, num_images)))
         return rows
+
+
+def options_of(run, flags):
+    """A run's options for cm.py: those of all runs, then its method's."""
+    method, n_max, seed = run
+    spec = METHODS[method]
+    return [*flags, "--base", "ddpm", *spec.flags.split(), "--n-max", str(n_max),
+            "--seed", str(seed), *["--subset-seed", str(seed)] * spec.draws]
+
+
+def recorded(flags, num_images):
+    """The column options: what all rows of a file share."""
+    return common.settings([*flags, *["--num-images", str(num_images)] * (num_images != 5000)])
 
 
 def device_name():
@@ -252,6 +265,9 @@ def measured(spec, checkpoint, point, seed, num_images):
     config, ema, counts = cm.load_trained(checkpoint, losses=spec.losses, network=spec.network)
     data = cm.Data(config)
     images, labels, _ = fid.read_images(samples)
+    if len(images) != num_images:
+        raise ValueError(f"{samples} holds {len(images)} images, not {num_images}; name another "
+                         "directory with --runs")
     scores = fid.evaluate(samples, config.dataset, config.data, features="classifier",
                           device=device, cache=cache)
     row = {f"{kind} {split}": scores[split][kind] for kind in SCORES for split in SPLITS}
@@ -359,10 +375,11 @@ def study(names, path, runs, flags, jobs, num_images):
     """Run what has no row yet, `jobs` at a time. 0, or 1 where runs were stopped. Raises ValueError
     on bad options."""
     flags = common.with_defaults(flags, warmup="100")
-    own = {"--steps", "--n-max", "--seed", "--subset-seed"}.intersection(flags)
-    if own:
-        raise ValueError(f"{min(own)} is set by the stages (make_stages in study.py)")
-    missing = missing_points(names, common.read_rows(path, common.settings(flags)), runs)
+    own = {"--steps", "--n-max", "--seed", "--subset-seed", "--base", "--no-cm", "--resample"}
+    if own.intersection(flags):
+        raise ValueError(f"{min(own.intersection(flags))} is set by the stages and methods "
+                         "(make_stages and METHODS in study.py)")
+    missing = missing_points(names, common.read_rows(path, recorded(flags, num_images)), runs)
     total = sum(len(points) for points in missing_points(names, [], runs).values())
     to_do = sum(map(len, missing.values()))
     print(f"{total - to_do} points have rows, {to_do} to do in {len(missing)} runs", flush=True)
@@ -515,12 +532,13 @@ def verdict(fd, p, recall, memorised):
 def claims(rows):
     """The table of the claims. p: paired t-test, two-sided, Holm over all claims. A verdict is one
     of the seeds at hand; the table says of how many."""
-    compared, p_values = [], []
+    compared, p_values = [], []  # over the seeds that both have
     for n_max, ours, other in make_claims():
         pair = at(rows, ours[0], n_max, ours[1]), at(rows, other[0], n_max, other[1])
         seeds = pair[0].index.intersection(pair[1].index)
+        pair = [run.loc[seeds] for run in pair]
         compared.append(pair)
-        p_values.append(scipy.stats.ttest_rel(*(run.loc[seeds, "FD Few"] for run in pair)).pvalue
+        p_values.append(scipy.stats.ttest_rel(*(run["FD Few"] for run in pair)).pvalue
                         if len(seeds) > 1 else np.nan)
     shown = []
     for (n_max, ours, other), pair, p in zip(make_claims(), compared, common.holm(p_values),
@@ -536,8 +554,8 @@ def claims(rows):
             "steps": steps_of(ours, other), "seeds": f"{fd[2]} of {planned}",
             "FD Few, ours": common.spread(pair[0]["FD Few"], 1),
             "FD Few, theirs": common.spread(pair[1]["FD Few"], 1), "difference": difference,
-            "recall Few": common.interval(*recall[:2], 3) if fd[2] else "–",
-            "memorised Few": common.interval(*memorised[:2], 3) if fd[2] else "–",
+            "Δ recall Few": common.interval(*recall[:2], 3) if fd[2] else "–",
+            "Δ memorised Few": common.interval(*memorised[:2], 3) if fd[2] else "–",
             "p, Holm": f"{p:.3f}" if fd[2] > 1 else "–",
             "verdict": verdict(fd, p, recall, memorised)})
     return common.markdown(shown)
@@ -555,7 +573,8 @@ def by_seed(rows):
             shown.append({"difference": f"{ours[0]} − {other[0]}", "n_max": f"{n_max:,}",
                           "steps": steps_of(ours, other),
                           "seeds": ", ".join(f"{seed:.0f}" for seed in each["FD Few"].index)}
-                         | {name: ", ".join(f"{x:+.1f}" for x in d) for name, d in each.items()})
+                         | {name: ", ".join(f"{x:+.1f}" for x in d) for name, d in each.items()}
+                         | {"FD Few, mean ± std": common.spread(each["FD Few"], 1, "+")})
     return common.markdown(shown)
 
 
@@ -597,9 +616,8 @@ def map_table(rows):
                                                          ) if len(points) else ():
         row = {"n_max": f"{n_max:,.0f}", "steps": f"{steps:,.0f}", "guidance": f"{guidance:g}",
                "passes": f"{part['passes'].iloc[0]:.0f}"}
-        for resampled, title in ((False, "passes of Few"), (True, "with RS")):
-            few = part.loc[part["method"].str.endswith("RS") == resampled, "few"]
-            row[title] = f"{few.iloc[0]:.0f}" if len(few) else "–"
+        few = part.loc[part["method"].str.endswith("RS"), "few"]
+        row["of Few with RS"] = f"{few.iloc[0]:.0f}" if len(few) else "–"
         for method in FOUR[1:]:
             of = part[part["method"] == method]
             row[f"{method} − DDPM"] = (common.interval(of["mean"].iloc[0], of["half"].iloc[0], 1)
@@ -685,8 +703,8 @@ def gap(run, base, name):
 
 
 def heart(rows):
-    """The README's table: the main methods at the end of training, without guidance."""
-    compared = (*FOUR, "OC", "CBDM", "CM, θ_g"), tuple(DRAWN)  # with the first of each
+    """The README's table: FOUR at the end of training, without guidance."""
+    compared = FOUR, tuple(DRAWN)  # with the first of each
     shown = []
     for (n_max, steps), methods in itertools.product(ENDS.items(), compared):
         plain = at(rows, methods[0], n_max, steps)
@@ -700,16 +718,17 @@ def heart(rows):
 
 
 def others(rows):
-    """The table of the paper's other methods and of the controls, beside what each starts from."""
+    """The table of all stages' other methods, without guidance, beside what each starts from."""
     shown = []
-    for stage in (make_stages()[name] for name in ("bases", "controls", "lora", "networks")):
+    for stage in make_stages().values():
         for method in stage.methods:
             spec, steps = spec_of(method), stage.points[0].steps
             start = spec.base if spec.base != method else ""
             run = at(rows, method, stage.n_max, steps)
             base = at(rows, start, stage.n_max, spec.tunes or steps)
-            if len(run):
-                shown.append({"method": method} | in_brief(run) | {"base": start} | {
+            if len(run) and method not in (*FOUR, *DRAWN):
+                shown.append({"n_max": f"{stage.n_max:,}", "steps": f"{steps:,}", "method": method}
+                             | in_brief(run) | {"base": start} | {
                     f"{name} − base's": gap(run, base, name) for name in ("FD Few", "FD2 Few")})
     return common.markdown(shown)
 
@@ -729,6 +748,8 @@ def main(argv=None):
         if args.jobs < 1:
             raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
         status = 0
+        if args.table and flags:
+            raise ValueError(f"{flags[0]} has no meaning beside --table")
         if not args.table:
             status = study(args.stage, args.rows, args.runs, flags, args.jobs, args.num_images)
         rows = common.numbers(common.read_table(args.rows), WORDS)
@@ -746,7 +767,7 @@ def main(argv=None):
             print("\n\n".join([heart(rows), "The claims", claims(rows),
                                "The claims, seed by seed, and the same on drawn images",
                                by_seed(rows),
-                               "The paper's other methods, and controls, at n_max 1,000",
+                               "The paper's other methods, and controls",
                                others(rows),
                                "The map: difference to DDPM in FD Few (seeds)", map_table(rows)]))
         return status

@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import types
@@ -436,6 +437,8 @@ def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
         ["40", "60", "3", "0", "ddim"], ["40", "60", "3", "1", "ddim"]]
     assert not rows.isin(["", "nan"]).any(axis=None) and {*study.MEASURES} < {*rows.columns}
     assert rows["options"][0].startswith("--batch-size 8 --channels 8 --checkpoint-every 10")
+    assert "--num-images 60" in rows["options"][0]
+    assert study.recorded(["--lr", "1"], 5000) == "--lr 1"
     assert "| CM − DDPM " in capsys.readouterr().out and (tmp_path / "rows_map.png").is_file()
     assert {p.name for p in directory.glob("*-*")} == {
         "checkpoint-20.pt", "checkpoint-30.pt", "checkpoint-60.pt", "samples-20-ddim-g0.npz",
@@ -448,8 +451,13 @@ def test_study_is_killed_resumed_and_complete(tmp_path, capsys, monkeypatch):
     assert "7 points have rows, 0 to do" in capsys.readouterr().out
     assert (tmp_path / "rows.csv").read_bytes() == before
     for more, says in (("--lr 1e-4", "made with other options"), ("--steps 5", "--steps is set"),
-                       ("--subset-seed 5", "--subset-seed is set")):
-        with pytest.raises(SystemExit):
+                       ("--subset-seed 5", "--subset-seed is set"), ("--base oc", "--base is set"),
+                       ("--no-cm", "--no-cm is set"), ("--resample 0.5", "--resample is set"),
+                       ("--table", "has no meaning beside --table"),
+                       ("--num-images 50", "made with other options"),
+                       (f"--rows {tmp_path / 'more.csv'} --num-images 50", "60 images, not 50")):
+        with monkeypatch.context() as here, pytest.raises(SystemExit):
+            here.setattr(study, "ProcessPoolExecutor", InThisProcess)
             study.main(own + flags + more.split())
         assert says in capsys.readouterr().err
 
@@ -570,9 +578,11 @@ def test_a_method_that_tunes_starts_at_its_base_and_is_compared_with_it(tmp_path
     tuned = {name.replace(".layer.", "."): p for name, p in weights["CBDM (LoRA)"].items()}
     assert all(torch.equal(tuned[name], p) for name, p in weights["CBDM"].items())
     assert tuned.keys() > weights["CBDM"].keys()
-    run = "CBDM (LoRA)", 40, 4
-    with pytest.raises(ValueError, match="40-CBDM-4/checkpoint-4.pt can't be loaded"):
-        study.measure(run, [study.Point(3)], [3], flags, common.directory_of(run, tmp_path), 60)
+    for method in weights:  # the base has its row, but its network is gone: it is trained again
+        shutil.rmtree(common.directory_of((method, 40, 3), tmp_path))
+    study.measure(run, [study.Point(3)], [3], flags, path.parent, 60)
+    again = torch.load(path, weights_only=True)["ema"]
+    assert all(torch.equal(again[name], p) for name, p in weights["CBDM (LoRA)"].items())
 
     rows = study_rows(CBDM=[(5, 0)], steps=4) + study_rows(CBDM=[(9, 0)], steps=3)
     rows = numbers(rows + study_rows(**{"CBDM (LoRA)": [(7, 0)]}, steps=3))
@@ -736,6 +746,7 @@ def test_study_claims_are_eight_and_paired():
     half = 4.302653 * d.std(ddof=1) / math.sqrt(3)
     assert row["difference"] == f"{d.mean():+.1f} [{d.mean() - half:+.1f}, {d.mean() + half:+.1f}]"
     assert row["FD Few, ours"] == "17.8 ± 10.3" and row["FD Few, theirs"] == "20.0 ± 10.0"
+    assert dict(zip(table[0], table[8], strict=True))["FD Few, ours"] == "22.8 ± 8.1"  # 17, 28.5
     # t = mean / standard error, two-sided, times eight; the other one that ran has a larger p
     t = d.mean() / (d.std(ddof=1) / math.sqrt(3))
     p = 2 * (0.5 - abs(t) / (2 * math.sqrt(2 + t * t)))  # Student's t with 2 degrees of freedom
@@ -748,8 +759,8 @@ def test_study_claims_are_eight_and_paired():
     assert later["difference"].startswith("+14.2 [")  # 17 - 9 and 28.5 - 8
     assert later["difference"].endswith("] (FD2: sign differs)")  # where theirs is 99
     assert "differs" not in row["difference"] and table[2][6:10] == ["–"] * 4
-    assert row["recall Few"] == "+0.100 [+0.100, +0.100]"
-    assert row["memorised Few"] == "+0.250 [+0.250, +0.250]"
+    assert row["Δ recall Few"] == "+0.100 [+0.100, +0.100]"
+    assert row["Δ memorised Few"] == "+0.250 [+0.250, +0.250]"
     one = dict(zip(table[0], table[7], strict=True))
     assert one["difference"] == "-0.5" and one["p, Holm"] == "–"
     d = np.array([17 - 9, 28.5 - 8])
@@ -768,13 +779,14 @@ def test_study_shows_the_claims_seed_by_seed_and_the_same_on_drawn_images():
         + study_rows(6000, **{"RS": [(5, 0)], "CM with RS": [(4.5, 0)]})
         + study_rows(CM=[(50, 0)], guidance=1))]
     table, = shown_cells(study.by_seed(numbers(rows)))
-    assert table[0][3:] == ["seeds", "FD Few", "FD2 Few"] and table[2:] == [
-        ["CM − DDPM", "1,000", "6,000", "10, 11", "-1.5, +1.0", "-4.5, +3.0"],
-        ["CM with RS − RS", "6,000", "6,000", "10", "-0.5", "-1.5"],
-        ["CM − DDPM", "1,000", f"6,000 and {equal:,}", "11", "+12.0", "+36.0"],
-        ["CM, drawn images − DDPM, drawn images", "1,000", "6,000", "10", "-3.0", "-9.0"],
+    assert table[0][3:] == ["seeds", "FD Few", "FD2 Few", "FD Few, mean ± std"]
+    assert table[2:] == [
+        ["CM − DDPM", "1,000", "6,000", "10, 11", "-1.5, +1.0", "-4.5, +3.0", "-0.2 ± 1.8"],
+        ["CM with RS − RS", "6,000", "6,000", "10", "-0.5", "-1.5", "-0.5"],
+        ["CM − DDPM", "1,000", f"6,000 and {equal:,}", "11", "+12.0", "+36.0", "+12.0"],
+        ["CM, drawn images − DDPM, drawn images", "1,000", "6,000", "10", "-3.0", "-9.0", "-3.0"],
         ["CM, drawn images − DDPM, drawn images", "1,000", f"6,000 and {equal:,}", "11", "-4.0",
-         "-12.0"]]
+         "-12.0", "-4.0"]]
 
 
 def test_study_compares_with_the_base_and_shows_what_ran_off():
@@ -820,9 +832,9 @@ def test_study_map_shows_passes_of_all_and_of_few():
     rows = numbers(study_rows(DDPM=[(10, 0), (20, 0)], RS=[(4, 0), (13, 0)])
                    + study_rows(DDPM=[(7, 0)], CM=[(9, 0)], steps=1500))
     table, = shown_cells(study.map_table(rows))
-    assert table[2] == ["1,000", "1,500", "0", "19", "19", "–", "–", "+2.0 (1)", "–"]
-    assert table[3][:6] == ["1,000", "6,000", "0", "77", "–", f"{few:.0f}"]
-    assert table[3][6].startswith("-6.5 [") and table[3][6].endswith("(2)")
+    assert table[2] == ["1,000", "1,500", "0", "19", "–", "–", "+2.0 (1)", "–"]
+    assert table[3][:5] == ["1,000", "6,000", "0", "77", f"{few:.0f}"]
+    assert table[3][5].startswith("-6.5 [") and table[3][5].endswith("(2)")
     assert study.map_table(numbers(study_rows(CM=[(1, 1)]))) == ""
 
 
@@ -847,16 +859,16 @@ def test_study_map_names_every_line_where_a_guidance_lacks_some(monkeypatch):
 def test_study_heart_shows_the_main_methods_at_the_end():
     from experiments import study
     rows = (study_rows(DDPM=[(10, 0.1), (20, 0.2)], CM=[(8, 0.3), (17, 0.4), (5, 0.1)],
-                       **{"CM, θ_g": [(30, 0.5)], "ADA": [(1, 1)],
+                       **{"CM, θ_g": [(30, 0.5)], "ADA": [(1, 1)], "CM with RS": [(30, 0.5)],
                           "CM, drawn images": [(7, 0.3)], "DDPM, drawn images": [(9, 0.2)]})
-            + study_rows(200, OC=[(3, 0.1)], steps=8000)
+            + study_rows(200, RS=[(3, 0.1)], steps=8000)
             + study_rows(200, DDPM=[(1, 1)]) + study_rows(CM=[(1, 1)], guidance=1))
     rows = numbers([row | {"FD overall": 2 * row["FD Few"], "accuracy Few": 0.25,
                            "memorised Few": row["FD Few"] / 100} for row in rows])
     table, = shown_cells(study.heart(rows))
     assert table[0][-1] == "FD Few − DDPM's" and [row[:3] for row in table[2:]] == [
-        ["200", "OC", "1"], ["1,000", "DDPM", "2"], ["1,000", "CM", "3"],
-        ["1,000", "CM, θ_g", "1"], ["1,000", "DDPM, drawn images", "1"],
+        ["200", "RS", "1"], ["1,000", "DDPM", "2"], ["1,000", "CM", "3"],
+        ["1,000", "CM with RS", "1"], ["1,000", "DDPM, drawn images", "1"],
         ["1,000", "CM, drawn images", "1"]]
     assert table[2][3:] == ["6.0", "3.0", "0.50", "0.25", "0.1000", "0.03", ""]  # no DDPM there
     assert table[3][3:] == ["30.0 ± 14.1", "15.0 ± 7.1", "0.50 ± 0.00", "0.25 ± 0.00",
@@ -874,23 +886,28 @@ def test_study_shows_the_others_beside_what_each_starts_from():
                        CBDM=[(5, 0.1)],
                        **{"Focal": [(11, 0.1), (24, 0.2)], "CM, λ = 0": [(9, 0.1)],
                           "CM on OC": [(2, 0.1)], "CM --ir 50": [(6, 0.1)],
-                          "DDPM --ir 50": [(9, 0.1)]})
+                          "DDPM --ir 50": [(9, 0.1)], "CM, drawn images": [(3, 0.1)]})
             + study_rows(200, Focal=[(1, 1)]) + study_rows(OC=[(1, 1)], guidance=1)
-            + study_rows(steps=3000, **{"CBDM (LoRA)": [(7.5, 0.1)]}))
+            + study_rows(200, 8000, CM=[(1, 1)], **{"CM, θ_g": [(4, 1)]})
+            + study_rows(steps=3000, **{"CBDM (LoRA)": [(7.5, 0.1)]})
+            + study_rows(steps=2000, seed=0, **{"Overlap, γ = 10, m = 3e-05": [(7, 0.1)]}))
     rows = numbers([row | {"FD overall": 1, "accuracy Few": 0.25, "FD2 Few": 2 * row["FD Few"]}
                     for row in rows])
     table, = shown_cells(study.others(rows))
     assert table[0][-3:] == ["base", "FD Few − base's", "FD2 Few − base's"]
     half = 12.7062 * 1.5  # t(0.975, 1 degree of freedom) times the standard error of 1 and 4
-    ends = {row[0]: [row[1], *row[-3:]] for row in table[2:]}
-    assert ends == {
-        "OC": ["1", "DDPM", "-6.0", "-12.0"], "CM on OC": ["1", "OC", "-2.0", "-4.0"],
-        "CBDM": ["1", "DDPM", "-5.0", "-10.0"],
-        "Focal": ["2", "DDPM", f"+2.5 [{2.5 - half:.1f}, {2.5 + half:+.1f}]",
-                  f"+5.0 [{5 - 2 * half:.1f}, {5 + 2 * half:+.1f}]"],
-        "CM, λ = 0": ["1", "CM", "+1.0", "+2.0"], "CBDM (LoRA)": ["1", "CBDM", "+2.5", "+5.0"],
-        "DDPM --ir 50": ["1", "", "", ""], "CM --ir 50": ["1", "DDPM --ir 50", "-3.0", "-6.0"]}
-    assert list(ends)[3:] == ["Focal", "CM, λ = 0", "CBDM (LoRA)", "DDPM --ir 50", "CM --ir 50"]
+    assert [row[:4] + row[-3:] for row in table[2:]] == [
+        ["1,000", "6,000", "OC", "1", "DDPM", "-6.0", "-12.0"],
+        ["1,000", "6,000", "CM on OC", "1", "OC", "-2.0", "-4.0"],
+        ["1,000", "6,000", "CBDM", "1", "DDPM", "-5.0", "-10.0"],
+        ["1,000", "2,000", "Overlap, γ = 10, m = 3e-05", "1", "DDPM", "", ""],
+        ["200", "8,000", "CM, θ_g", "1", "CM", "+3.0", "+6.0"],
+        ["1,000", "6,000", "Focal", "2", "DDPM", f"+2.5 [{2.5 - half:.1f}, {2.5 + half:+.1f}]",
+         f"+5.0 [{5 - 2 * half:.1f}, {5 + 2 * half:+.1f}]"],
+        ["1,000", "6,000", "CM, λ = 0", "1", "CM", "+1.0", "+2.0"],
+        ["1,000", "3,000", "CBDM (LoRA)", "1", "CBDM", "+2.5", "+5.0"],
+        ["1,000", "6,000", "DDPM --ir 50", "1", "", "", ""],
+        ["1,000", "6,000", "CM --ir 50", "1", "DDPM --ir 50", "-3.0", "-6.0"]]
     assert study.others(numbers(study_rows(CM=[(1, 1)]))) == ""
     alone = numbers([row | {"FD overall": 1} for row in study_rows(OC=[(1, 1)])])
     assert shown_cells(study.others(alone))[0][2][-3:] == ["DDPM", "", ""]
