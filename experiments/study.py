@@ -51,7 +51,7 @@ from experiments import baselines, common
 class Method(NamedTuple):
     """base: the method it is compared with; flags, losses, network: as in baselines.Variation;
     general: theta_g is sampled; tunes: the steps of its base at whose weights it starts; draws:
-    the seed draws the long-tailed set, too, instead of the published draw."""
+    the seed draws the long-tailed set, too, instead of cm.py's draw 0."""
 
     base: str
     flags: str = ""
@@ -688,12 +688,12 @@ def table(rows):
     return "\n".join(lines)
 
 
-def in_brief(run):
-    """A summary's cells of a run, by seed: the spread of what matters most."""
-    digits = {"FD overall": 1, "FD Few": 1, "recall Few": 2, "accuracy Few": 2, "loss Few": 4,
-              "memorised Few": 2}
+def in_brief(run, **more):
+    """A summary's cells of a run, by seed: the spread of what matters most; more: and the digits of
+    what else."""
+    digits = {"FD overall": 1, "FD Few": 1, "recall Few": 2, "accuracy Few": 2, "loss Few": 4}
     return {"seeds": len(run)} | {name: common.spread(run[name], n)
-                                  for name, n in digits.items() if name in run}
+                                  for name, n in (digits | more).items() if name in run}
 
 
 def gap(run, base, name):
@@ -712,7 +712,8 @@ def heart(rows):
             run = at(rows, method, n_max, steps)
             if len(run):
                 difference = gap(run, plain, "FD Few") if method != methods[0] else ""
-                shown.append({"n_max": f"{n_max:,}", "method": method} | in_brief(run)
+                shown.append({"n_max": f"{n_max:,}", "method": method}
+                             | in_brief(run, **{"memorised Few": 2})
                              | {"FD Few − DDPM's": difference})
     return common.markdown(shown)
 
@@ -728,8 +729,9 @@ def others(rows):
             base = at(rows, start, stage.n_max, spec.tunes or steps)
             if len(run) and method not in (*FOUR, *DRAWN):
                 shown.append({"n_max": f"{stage.n_max:,}", "steps": f"{steps:,}", "method": method}
-                             | in_brief(run) | {"base": start} | {
-                    f"{name} − base's": gap(run, base, name) for name in ("FD Few", "FD2 Few")})
+                             | in_brief(run, **{"FD Many": 1, "d Many": 4, "d Few": 4})
+                             | {"base": start} | {f"{name} − base's": gap(run, base, name)
+                                                  for name in ("FD Few", "FD2 Few")})
     return common.markdown(shown)
 
 
