@@ -562,11 +562,13 @@ def claims(rows):
 
 
 def by_seed(rows):
-    """The table of the claims' differences seed by seed, and of the same on drawn images."""
+    """The table of the claims' differences seed by seed, and of others that differ much by seed."""
     drawn = [(n_max, *((f"{method}, drawn images", steps) for method, steps in pair))
              for n_max, *pair in make_claims() if n_max == 1000]
+    more = [(1000, (ours, 6000), (other, 6000)) for ours, other in (
+        ("CM on OC", "OC"), ("CM on CBDM", "CBDM"), ("CM", "Group-Expert LoRA"))]
     shown = []
-    for n_max, ours, other in make_claims() + drawn:
+    for n_max, ours, other in make_claims() + drawn + more:
         run, base = (at(rows, method, n_max, steps) for method, steps in (ours, other))
         each = {name: (run[name] - base[name]).dropna() for name in ("FD Few", "FD2 Few")}
         if len(each["FD Few"]):
@@ -767,7 +769,7 @@ def main(argv=None):
             print(heart(rows))  # the claims are the second study's
         else:
             print("\n\n".join([heart(rows), "The claims", claims(rows),
-                               "The claims, seed by seed, and the same on drawn images",
+                               "The claims, seed by seed; the same on drawn images; others",
                                by_seed(rows),
                                "The paper's other methods, and controls",
                                others(rows),
