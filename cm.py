@@ -130,7 +130,7 @@ def replace_modules(module, new):
 
 
 def reserved_layers(module):
-    """The layers with reserved capacity; not those of a subclass, whose factors theta_g keeps."""
+    """The layers with reserved capacity; not a subclass's: theta_g keeps those (finetune.py)."""
     return [m for m in module.modules() if type(m) is LowRankReserved]
 
 
@@ -245,8 +245,8 @@ def cbdm_pull(eps_theta, eps_other, t, y_in):
     """Class-Balancing Diffusion (CBDM, Qin et al. 2023): predictions for y and for another class y'
     are pulled together, so that rare classes share what frequent ones know.
 
-    What Eq. (D.1) adds to the base loss [B]: its weight is t / T (tau = 1), first eps_other is held
-    fixed, then, with gamma = 1/4, eps_theta; nothing where y is dropped."""
+    What Eq. (D.1) adds to the base loss [B], with one y' and, as in CBDM's code, t / T (tau = 1):
+    first eps_other is held fixed, then, with gamma = 1/4, eps_theta; nothing where y is dropped."""
     pull = squared_distance(eps_theta, eps_other.detach())
     pull = pull + 0.25 * squared_distance(eps_theta.detach(), eps_other)
     return t / T * pull * (y_in >= 0)
@@ -386,7 +386,7 @@ def ddpm(predict, x, alpha_bar, steps=T, noise=None):
 
 
 def dpm(predict, x, alpha_bar, steps=15):
-    """DPM-Solver++ 2M (Lu et al. 2022b): x_0 is extrapolated from the last two predictions."""
+    """DPM-Solver++ 2M (arXiv:2211.01095): x_0 is extrapolated from the last two predictions."""
     times = np.linspace(0, T - 1, steps + 1).round().astype(int).tolist()
     times = list(reversed(times[1:]))  # without 0: the last step goes to alpha_bar = 1
     x0_last = step_last = None
@@ -394,7 +394,7 @@ def dpm(predict, x, alpha_bar, steps=15):
         x0 = (x - math.sqrt(1 - a) * predict(x, t)) / math.sqrt(a)
         if a_next == 1:
             return x0
-        log_snr_step = 0.5 * math.log(a_next / (1 - a_next) * (1 - a) / a)
+        log_snr_step = math.log(a_next / (1 - a_next) * (1 - a) / a)
         x0_ahead = x0
         if x0_last is not None:
             x0_ahead = x0 + (x0 - x0_last) * log_snr_step / (2 * step_last)
@@ -603,7 +603,7 @@ class UNet(nn.Module):
 
 
 def make_unet(config, num_classes, image_channels):
-    """The UNet of a run, its decoder factorised unless --no-cm."""
+    """The UNet of a run, with capacity reserved in its decoder (Eq. 1) unless --no-cm."""
     unet = UNet(None if config.unconditional else num_classes, image_channels, config.image_size,
                 config.channels, config.multipliers, config.blocks, config.attention,
                 config.dropout)
@@ -1673,7 +1673,7 @@ class Config:
     labels: tuple = option("sampling", None, "only these classes, in equal numbers", type=int)
     sampler: str = option(
         "sampling", "ddim", "50-step DDIM (Sec. G.1), 1000-step DDPM (Alg. C.1) or 15-step "
-        "DPM-Solver++ (Tab. G.10)", choices=["ddim", "ddpm", "dpm"])
+        "DPM-Solver++ (Tab. G.10: DPM-Solver)", choices=["ddim", "ddpm", "dpm"])
     sample_steps: int = option(
         "sampling", None, "sampler steps [default: ddim 50, ddpm 1000, dpm 15]")
     guidance: float = option(

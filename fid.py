@@ -493,6 +493,7 @@ def evaluate(samples, dataset=None, data=None, reference=None, features="incepti
             arrays, test_labels, _ = cm.load_dataset(dataset, data, images.shape[2], train=False)
             if len(arrays):
                 held = chw(arrays), torch.from_numpy(test_labels), "held-out images"
+        # the version, to be raised when the classifier or its training changes
         stamp += [real_labels.numpy().tobytes(), "classifier 1"]
 
         def make_classifier():

@@ -3352,7 +3352,7 @@ def test_theory_the_ends_of_each_range_are_no_nonsense():
 def test_theory_command_line(tmp_path, capsys):
     assert theory.main(["--trials", "2000", "--plot", str(tmp_path / "p")]) == 0
     out = capsys.readouterr().out
-    assert "everything holds" in out and "bare cost" in out and "design.md" not in out
+    assert "every check holds" in out and "bare cost" in out and "design.md" not in out
     beside = next(line for line in out.splitlines() if "counterexample: N=1000" in line)
     assert "0.84134 VIOLATED" in beside and "mended: 1.00000 holds" in beside
     assert {p.name for p in (tmp_path / "p").iterdir()} == {"pi_maj.png", "bounds.png"}

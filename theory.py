@@ -1,6 +1,6 @@
 """How often the majority's gradients dominate a weight: the paper's theorems, by simulation.
 
-    python theory.py                    # every theorem against per-sample gradients; 1 if one fails
+    python theory.py                    # theorems by per-sample gradients; status 1: a check fails
     python theory.py --trials 200000 --seed 1
     python theory.py --plot assets      # and the pictures of the README
 
@@ -404,7 +404,8 @@ class Report:
         """Simulate one setting against its closed form: within four standard errors."""
         trials = trials or self.trials
         self.simulated += 1
-        hashed = np.random.SeedSequence([self.seed, self.simulated])  # a sum: runs that overlap
+        # not seed + simulated: runs with neighbouring seeds would share their draws
+        hashed = np.random.SeedSequence([self.seed, self.simulated])
         seed = int(hashed.generate_state(1, np.uint64)[0])
         estimate = simulate(counts, means, sigma, alpha, trials, seed)
         self.gaussians += trials * int(sum(counts)) * np.shape(means)[1]
@@ -671,7 +672,7 @@ def run(trials, seed, plot=None):
     print(f"\n{report.simulated} simulations of {trials:,} trials, {report.gaussians / 1e9:.2f}e9 "
           f"Gaussians in {seconds:.0f} s: {seconds / bare:.2f} × the bare cost of drawing them on "
           "one thread")
-    print("everything holds" if report.ok else "SOMETHING FAILS, see above")
+    print("every check holds" if report.ok else "SOMETHING FAILS, see above")
     if plot:
         directory = Path(plot)
         directory.mkdir(parents=True, exist_ok=True)
@@ -757,7 +758,7 @@ def fail(message):
 
 
 def main(argv=None):
-    """The status: 0 where everything holds, 1 where something doesn't; bad input exits with 2."""
+    """The status: 0 where every check holds, 1 where one doesn't; bad input exits with 2."""
     parser = argparse.ArgumentParser(prog="theory.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail

@@ -85,7 +85,7 @@ METHODS = {
 FOUR = ("DDPM", "RS", "CM", "CM with RS")
 DRAWN = {f"{name}, drawn images": METHODS[name]._replace(
     base=f"{METHODS[name].base}, drawn images", draws=True) for name in (*FOUR, "CM, λ = 0")}
-OVERLAPS = {  # of which baselines.py has the one with the lowest FD on Few
+OVERLAPS = {  # to choose from, once: the lowest FD on Few is to be baselines.py's
     f"Overlap, γ = {gamma}, m = {margin}": METHODS["Overlap"]._replace(
         losses=type("Overlap", (baselines.Overlap,), dict(gamma=gamma, margin=margin)))
     for gamma in (10, 100) for margin in (3e-5, 1e-4, 3e-4)}
@@ -213,6 +213,8 @@ def measure(run, points, milestones, flags, directory, num_images):
                     if e.code < 128:  # not a signal
                         raise
                     return None
+                except FloatingPointError as e:  # of the base
+                    ran_off = f"its base was {str(e).rpartition(': ')[2]}"
                 if not ran_off:
                     cm.write_atomically(checkpoint, lambda path: shutil.copy(
                         directory / "run" / "checkpoint.pt", path))
@@ -690,9 +692,9 @@ def table(rows):
     return "\n".join(lines)
 
 
-def in_brief(run, **more):
-    """A summary's cells of a run, by seed: the spread of what matters most; more: and the digits of
-    what else."""
+def in_brief(run, more):
+    """A summary's cells of a run, by seed: the spread of what matters most, and of `more`,
+    {measure: digits}."""
     digits = {"FD overall": 1, "FD Few": 1, "recall Few": 2, "accuracy Few": 2, "loss Few": 4}
     return {"seeds": len(run)} | {name: common.spread(run[name], n)
                                   for name, n in (digits | more).items() if name in run}
@@ -715,7 +717,7 @@ def heart(rows):
             if len(run):
                 difference = gap(run, plain, "FD Few") if method != methods[0] else ""
                 shown.append({"n_max": f"{n_max:,}", "method": method}
-                             | in_brief(run, **{"memorised Few": 2})
+                             | in_brief(run, {"memorised Few": 2})
                              | {"FD Few − DDPM's": difference})
     return common.markdown(shown)
 
@@ -724,14 +726,14 @@ def others(rows):
     """The table of all stages' other methods, without guidance, beside what each starts from."""
     shown = []
     for stage in make_stages().values():
-        for method in stage.methods:
+        for method in (m for m in stage.methods if m not in (*FOUR, *DRAWN)):
             spec, steps = spec_of(method), stage.points[0].steps
             start = spec.base if spec.base != method else ""
             run = at(rows, method, stage.n_max, steps)
             base = at(rows, start, stage.n_max, spec.tunes or steps)
-            if len(run) and method not in (*FOUR, *DRAWN):
+            if len(run):
                 shown.append({"n_max": f"{stage.n_max:,}", "steps": f"{steps:,}", "method": method}
-                             | in_brief(run, **{"FD Many": 1, "d Many": 4, "d Few": 4})
+                             | in_brief(run, {"FD Many": 1, "d Many": 4, "d Few": 4})
                              | {"base": start} | {f"{name} − base's": gap(run, base, name)
                                                   for name in ("FD Few", "FD2 Few")})
     return common.markdown(shown)

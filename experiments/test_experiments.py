@@ -583,6 +583,12 @@ def test_a_method_that_tunes_starts_at_its_base_and_is_compared_with_it(tmp_path
     study.measure(run, [study.Point(3)], [3], flags, path.parent, 60)
     again = torch.load(path, weights_only=True)["ema"]
     assert all(torch.equal(again[name], p) for name, p in weights["CBDM (LoRA)"].items())
+    path.unlink()
+    with monkeypatch.context() as here:
+        here.setattr(common, "checkpoint_at", mock.Mock(
+            side_effect=FloatingPointError("runs/40-CBDM-3: not finite at step 2")))
+        row, = study.measure(run, [study.Point(3)], [3], flags, path.parent, 60)
+    assert row["status"] == "its base was not finite at step 2" and not path.is_file()
 
     rows = study_rows(CBDM=[(5, 0)], steps=4) + study_rows(CBDM=[(9, 0)], steps=3)
     rows = numbers(rows + study_rows(**{"CBDM (LoRA)": [(7, 0)]}, steps=3))
