@@ -901,10 +901,10 @@ def test_study_shows_the_others_beside_what_each_starts_from():
             + study_rows(steps=3000, **{"CBDM (LoRA)": [(7.5, 0.1)]})
             + study_rows(steps=2000, seed=0, **{"Overlap, γ = 10, m = 3e-05": [(7, 0.1)]}))
     rows = numbers([row | {"FD overall": 1, "accuracy Few": 0.25, "FD2 Few": 2 * row["FD Few"],
-                           "FD Many": 3.21, "d Few": 0.00464} for row in rows])
+                           "FD Many": 3.21, "d Many": 0.00002, "d Few": 0.00464} for row in rows])
     table, = shown_cells(study.others(rows))
     assert table[2][:-3] == ["1,000", "6,000", "OC", "1", "1.0", "4.0", "0.50", "0.25", "0.1000",
-                             "3.2", "0.0046"]
+                             "3.2", "0.0000", "0.0046"]
     assert table[0][-3:] == ["base", "FD Few − base's", "FD2 Few − base's"]
     half = 12.7062 * 1.5  # t(0.975, 1 degree of freedom) times the standard error of 1 and 4
     assert [row[:4] + row[-3:] for row in table[2:]] == [
