@@ -85,7 +85,7 @@ METHODS = {
 FOUR = ("DDPM", "RS", "CM", "CM with RS")
 DRAWN = {f"{name}, drawn images": METHODS[name]._replace(
     base=f"{METHODS[name].base}, drawn images", draws=True) for name in (*FOUR, "CM, λ = 0")}
-OVERLAPS = {  # to choose from, once: the lowest FD on Few is to be baselines.py's
+OVERLAPS = {  # chosen from once: the lowest FD on Few is baselines.py's
     f"Overlap, γ = {gamma}, m = {margin}": METHODS["Overlap"]._replace(
         losses=type("Overlap", (baselines.Overlap,), dict(gamma=gamma, margin=margin)))
     for gamma in (10, 100) for margin in (3e-5, 1e-4, 3e-4)}

@@ -634,11 +634,18 @@ def test_study_stages_are_what_was_fixed_beforehand():
         drawn, published = study.METHODS[f"{name}, drawn images"], study.METHODS[name]
         assert drawn.draws and not published.draws and drawn.flags == published.flags
         assert drawn.base == f"{published.base}, drawn images"
+
+
+def test_overlaps_constants_have_the_lowest_fd_of_the_committed_rows():
+    from experiments import common, study
     tried = {name: method.losses for name, method in study.OVERLAPS.items()}
     assert all(name == f"Overlap, γ = {losses.gamma}, m = {losses.margin}"
                and issubclass(losses, study.baselines.Overlap) for name, losses in tried.items())
     chosen = study.METHODS["Overlap"].losses
-    assert len(tried) == 6 and f"Overlap, γ = {chosen.gamma:g}, m = {chosen.margin}" in tried
+    rows = common.read_rows(RESULTS / "study.csv").set_index("method")["FD Few"]
+    assert len(tried) == 6 == len(rows[list(tried)])
+    assert rows[list(tried)].astype(float).idxmin() == (
+        f"Overlap, γ = {chosen.gamma:g}, m = {chosen.margin}")
 
 
 def test_equal_compute_is_the_ratio_of_flops():
