@@ -568,7 +568,8 @@ def by_seed(rows):
     drawn = [(n_max, *((f"{method}, drawn images", steps) for method, steps in pair))
              for n_max, *pair in make_claims() if n_max == 1000]
     more = [(1000, (ours, 6000), (other, 6000)) for ours, other in (
-        ("CM on OC", "OC"), ("CM on CBDM", "CBDM"), ("CM", "Group-Expert LoRA"))]
+        ("CM on OC", "OC"), ("CM on CBDM", "CBDM"), ("Overlap", "DDPM"), ("CM", "Overlap"),
+        ("CM", "Group-Expert LoRA"))]
     shown = []
     for n_max, ours, other in make_claims() + drawn + more:
         run, base = (at(rows, method, n_max, steps) for method, steps in (ours, other))

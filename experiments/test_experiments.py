@@ -789,7 +789,8 @@ def test_study_shows_the_claims_seed_by_seed_and_the_same_on_drawn_images():
     rows = [row | {"FD2 Few": 3 * row["FD Few"]} for row in (
         study_rows(DDPM=[(10, 0), (20, 0), (30, 0)], CM=[(8.5, 0), (21, 0)], **drawn)
         + study_rows(DDPM=[(9, 0)], **{"DDPM, drawn images": [(5, 0)]}, seed=11, steps=equal)
-        + study_rows(OC=[(8, 0)], **{"CM on OC": [(7.5, 0)], "Group-Expert LoRA": [(6.5, 0)]})
+        + study_rows(OC=[(8, 0)], **{"CM on OC": [(7.5, 0)], "Group-Expert LoRA": [(6.5, 0)],
+                                      "Overlap": [(8.25, 0)]})
         + study_rows(6000, **{"RS": [(5, 0)], "CM with RS": [(4.5, 0)]})
         + study_rows(CM=[(50, 0)], guidance=1))]
     table, = shown_cells(study.by_seed(numbers(rows)))
@@ -802,6 +803,8 @@ def test_study_shows_the_claims_seed_by_seed_and_the_same_on_drawn_images():
         ["CM, drawn images − DDPM, drawn images", "1,000", f"6,000 and {equal:,}", "11", "-4.0",
          "-12.0", "-4.0"],
         ["CM on OC − OC", "1,000", "6,000", "10", "-0.5", "-1.5", "-0.5"],
+        ["Overlap − DDPM", "1,000", "6,000", "10", "-1.8", "-5.2", "-1.8"],
+        ["CM − Overlap", "1,000", "6,000", "10", "+0.2", "+0.8", "+0.2"],
         ["CM − Group-Expert LoRA", "1,000", "6,000", "10", "+2.0", "+6.0", "+2.0"]]
 
 
