@@ -624,6 +624,8 @@ def test_study_stages_are_what_was_fixed_beforehand():
     for method in study.METHODS.values():
         assert method.base in study.METHODS
         cm.parse(method.flags.split())[0].resolved()
+    paper = cm.parse(study.options_of(("CM", 1000, 11), ["--preset", "paper"]))[0].resolved()
+    assert (paper.base, paper.n_max, paper.seed) == ("ddpm", 1000, 11)  # its preset's base is OC
     assert study.milestones_of(("CM, θ_g", 1000, 11)) == [1500, 6000]
     compute = study.equal_compute(6000)
     assert study.milestones_of(("RS", 1000, 17)) == [1500, 6000, compute]
