@@ -175,6 +175,7 @@ def test_fashion_is_read_padded_and_pooled(fashion):
         smaller = cm.load_dataset("fashion", fashion, size)[0]
         assert smaller.shape == (400, size, size, 1) and smaller.dtype == np.uint8
         assert abs(smaller[..., 0] - pooled).max() <= 0.5
+    (fashion / "train-images-idx3-ubyte.gz").touch()  # what it was unpacked from
     assert len(cm.load_dataset("fashion", fashion, 32, train=False)[0]) == 40
 
 
@@ -952,7 +953,7 @@ def test_a_run_leaves_its_table_and_files(finished):
         "d_Few",
     } <= rows[0].keys()
     state = torch.load(out / "merged.pt", weights_only=True)
-    unet = cm.UNet(10, 3, 8, 8, (1, 2), 1, (4,))
+    unet = cm.UNet(10, 1, 8, 8, (1, 2), 1, (4,))
     unet.load_state_dict(state, strict=True)  # a plain network's weights
     # the table, recomputed from the checkpoint
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -1067,7 +1068,7 @@ def test_general_only_samples_theta_g(tmp_path):
         x = cm.sample(
             plain,
             torch.tensor([0, 1]),
-            (3, 8, 8),
+            (1, 8, 8),
             steps=4,
             seeds=[cm.hashed_seed("image", 0, i) for i in (0, 1)],
         )
@@ -1896,6 +1897,7 @@ BAD = {  # name: (arguments, what the line must say); {d} is what `bad` makes
     "rank ratio over 1": ("--rank-ratio 1.5", "--rank-ratio is 1.5"),
     "rank ratio that reserves nothing": ("--rank-ratio 0.01", "reserves nothing"),
     "resampling that overflows": ("--resample 150", "--resample is 150"),
+    "data for fashion16": ("--data {d}/empty", "it must be left away with fashion16"),
     "a size for which CIFAR isn't averaged": ("--dataset cifar10 --image-size 24", "8 or 16 or 32"),
     "a size above fashion16's": ("--image-size 32", "--image-size is 32; it must be 8 or 16"),
     "a size below fashion16's": ("--image-size 4", "--image-size is 4; it must be 8 or 16"),
