@@ -257,7 +257,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
     assert losses[5:9:3] == pytest.approx(2 * losses[2:3], 1e-5)
     assert all(map(torch.equal, starts[2], starts[8]))  # LoRA's and CM's factors, of the encoder
     seeds = [cm.hashed_seed("image", 5, i) for i in range(100)]
-    how = [i % 10 for i in range(100)], torch.Size([3, 8, 8]), "ddim", 2, 0.0, seeds
+    how = [i % 10 for i in range(100)], torch.Size([1, 8, 8]), "ddim", 2, 0.0, seeds
     assert sampled[:4] == 4 * [how]  # both LoRAs, CM, its theta_g: labels, steps, noise
     rows, out = results["whole"][:2]
     assert results["stopped"][:3] == results["whole"][:3]
