@@ -114,8 +114,8 @@ def pi_maj_multi_exact(alpha, counts, means, sigma):
         Φ( (T·v + ακ μ_K·v) / (σ ‖v‖ √(N + 2ακ + α²κ²/N_K)) ),
         T = Σ_k N_k μ_k,  κ = ‖T‖ / μ,  v = μ_1 − μ_K
 
-    At α = 0 it is (F.15). alpha and sigma broadcast. Raises ValueError where the norms differ or
-    μ_1 = μ_K. Proof: experiments/theory/proofs.md#pi_maj_multi_exact, (1)-(5)."""
+    At α = 0 it is (F.15). alpha and sigma broadcast. Raises ValueError where the norms differ.
+    Proof: experiments/theory/proofs.md#pi_maj_multi_exact, (1)-(5)."""
     counts, means = np.asarray(counts, float), np.asarray(means, float)
     norms = np.linalg.norm(means, axis=1)
     if np.ptp(norms) > 1e-6 * norms.max():
