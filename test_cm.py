@@ -241,16 +241,21 @@ def test_cifar_is_read_from_files_in_its_own_format(tmp_path, monkeypatch, name,
     assert (images[3].transpose(2, 0, 1).reshape(-1) == data[3]).all() and names[1] == "c1"
 
 
-def make_tree(root, counts, size=(20, 12), seed=0):
+def save_image(path, pixels, **options):
     from PIL import Image
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels)).save(path, **options)
+    return path
+
+
+def make_tree(root, counts, size=(20, 12), seed=0):
     rng = np.random.RandomState(seed)
     for name, n in counts.items():
         (root / name).mkdir(parents=True)
         for i in range(n):
-            Image.fromarray(rng.randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)).save(
-                root / name / f"{i}.png"
-            )
+            pixels = rng.randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+            save_image(root / name / f"{i}.png", pixels)
     return root
 
 
@@ -265,15 +270,35 @@ def test_folder_is_decoded_once_and_keeps_its_counts_in_any_order(tmp_path, monk
         and data.names == ["ant", "bee", "cat"]
     )
     assert data.held_out_labels.tolist() == [1, 1] and data.held_out_name == "held-out"
-    monkeypatch.setattr(
-        torchvision.datasets.folder, "pil_loader", lambda f: pytest.fail("decoded twice")
-    )
-    assert (cm.Data(c).images == data.images).all()
-    monkeypatch.undo()
-    (tree / "cat" / "0.png").write_bytes(
-        (tree / "ant" / "0.png").read_bytes()
-    )  # a changed file is seen
+    with monkeypatch.context() as patch:
+        patch.setattr(cm, "read_image", lambda f: pytest.fail("decoded twice"))
+        assert (cm.Data(c).images == data.images).all()
+    # a changed file is seen, and the cache of what it was is gone
+    (tree / "cat" / "0.png").write_bytes((tree / "ant" / "0.png").read_bytes())
     assert (cm.Data(c).images[12] == data.images[0]).all()
+    caches = sorted(tree.glob(".cm-*"))
+    assert [c.name[:9] for c in caches] == [".cm-all-8", ".cm-val-8"]
+    whole = caches[0].read_bytes()
+    for damaged in (whole[:-1], whole[:50], b""):
+        caches[0].write_bytes(damaged)
+        assert (cm.Data(c).images[12] == data.images[0]).all()
+        assert caches[0].read_bytes() == whole
+    # pixels of an older decoder aren't used
+    monkeypatch.setattr(cm, "DECODER", cm.DECODER + 1)
+    caches[0].write_bytes(whole[:-192] + bytes(192))
+    assert (cm.Data(c).images[12] == data.images[0]).all() and not caches[0].exists()
+
+
+def test_folder_whose_classes_exchange_their_names_gives_their_new_labels(tmp_path):
+    for name, value in (("day", 250), ("night", 5)):
+        file = save_image(tmp_path / name / "0.bmp", np.full((8, 8, 3), value, np.uint8))
+        os.utime(file, ns=(10**18, 10**18))  # as `cp -p` or an archive leave it
+    read = lambda: [x.mean() for x in cm.load_dataset("folder", tmp_path, 8)[0]]
+    assert read() == [250, 5]
+    (tmp_path / "day").rename(tmp_path / "dusk")
+    (tmp_path / "night").rename(tmp_path / "day")
+    (tmp_path / "dusk").rename(tmp_path / "night")
+    assert read() == [5, 250]
 
 
 def test_folder_with_train_and_without_val(tmp_path):
@@ -286,6 +311,87 @@ def test_folder_with_train_and_without_val(tmp_path):
         data.images[0].permute(1, 2, 0).numpy()
         == np.asarray(Image.open(tmp_path / "t/train/a/0.png"))
     ).all()
+
+
+def test_read_image_keeps_levels_and_obeys_orientation(tmp_path):
+    from PIL import Image
+
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(4, 16)
+    exact = np.rint(ramp / 257).astype(np.uint8)
+    big_endian = b"P5 16 4 65535\n" + ramp.astype(">u2").tobytes()
+    (tmp_path / "16.pgm").write_bytes(big_endian)  # PIL's mode I, of 32 bits
+    save_image(tmp_path / "16.png", ramp)
+    save_image(tmp_path / "float.tif", (ramp / 65535).astype(np.float32))
+    for name in ("16.pgm", "16.png", "float.tif"):
+        pixels = np.asarray(cm.read_image(tmp_path / name))
+        assert pixels.shape == (4, 16, 3) and len(np.unique(pixels)) == 64
+        assert np.abs(pixels - exact[..., None].astype(int)).max() <= (name == "float.tif"), name
+    red = np.zeros((4, 16, 4), np.uint8)
+    red[..., 0] = 200
+    assert (np.asarray(cm.read_image(save_image(tmp_path / "clear.png", red))) == [200, 0, 0]).all()
+    for turn, pixels in ((1, exact), (3, exact[::-1, ::-1]), (6, np.rot90(exact, -1))):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        for array in (exact, ramp):
+            file = save_image(tmp_path / "turned.png", array, exif=exif)
+            assert (np.asarray(cm.read_image(file))[..., 0] == pixels).all()
+    for bad in (-1, 1.5, math.nan):
+        save_image(tmp_path / "bad.tif", np.array([[0, bad]], np.float32))
+        with pytest.raises(ValueError, match=r"bad.tif can't be read .*aren't in \[0, 1\]"):
+            cm.read_image(tmp_path / "bad.tif")
+
+
+def test_folder_lists_what_a_person_sees(tmp_path, capsys):
+    tree = make_tree(tmp_path / "tree", {"ant": 2, "bee": 1, "ant/young": 1}, (8, 8))
+    for hidden in ("ant/.ipynb_checkpoints/0.png", "ant/._0.png", ".git/x.png", "__MACOSX/y.png"):
+        save_image(tree / hidden, np.zeros((8, 8, 3), np.uint8))
+    more = make_tree(tmp_path / "elsewhere", {"more": 2}, (8, 8))
+    for link in ("bee/more", "bee/again"):
+        (tree / link).symlink_to(more)
+    for link, target in (("ant/up", tree), ("bee/up", tree / "bee"), ("ant/bees", tree / "bee")):
+        (tree / link).symlink_to(target)
+    save_image(tree / "bee" / "b.JPG", np.zeros((8, 8, 3), np.uint8), format="JPEG")
+    for other in ("ant/a.gif", "bee/notes.txt"):
+        (tree / other).write_text("")
+    images, labels, names = cm.load_dataset("folder", tree, 8)
+    assert names == ["ant", "bee"] and labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert f"{tree}: 2 files left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "folders, says",
+    [
+        ("a b train", ["a", "b", "train"]),  # a class of that name
+        ("train/a train/b val/a", ["a", "b"]),
+        ("train/a train/b val/a test/a", ["a", "b"]),
+        ("a b test", "holds test:"),
+        ("a b Val", "holds Val:"),
+        ("Train/a Train/b val/a", "holds Train:"),
+        ("training validation", "holds training, validation:"),
+        ("train/a train/b validation/a", "holds validation:"),
+        ("train/a train/b test/a", "holds test:"),
+        ("train/a train/b c val/a", "holds c:"),
+    ],
+)
+def test_folder_takes_no_part_of_a_set_for_a_class(tmp_path, folders, says):
+    for folder in folders.split():
+        save_image(tmp_path / folder / "0.png", np.zeros((8, 8, 3), np.uint8))
+    if isinstance(says, list):
+        assert cm.load_dataset("folder", tmp_path, 8)[2] == says
+        return
+    with pytest.raises(ValueError, match=says):
+        cm.load_dataset("folder", tmp_path, 8)
+
+
+def test_folder_names_at_most_five_of_the_files_that_cannot_be_read(tmp_path):
+    tree = make_tree(tmp_path, {"a": 9, "b": 2}, (8, 8))
+    for i, count in ((8, 1), (6, 3), (1, 8)):
+        for j in range(i, 9):
+            (tree / "a" / f"{j}.png").write_bytes(b"no image")
+        with pytest.raises(ValueError) as refused:
+            cm.load_dataset("folder", tree, 8)
+        assert str(refused.value).count("can't be read") == min(count, 5)
+        assert str(refused.value).endswith("(of 8)") == (count == 8)
 
 
 def test_seeds_of_any_size_steps_processes_and_purposes_are_unrelated():
@@ -1893,7 +1999,7 @@ BAD = {  # name: (arguments, what the line must say); {d} is what `bad` makes
     "unknown data set": ("--dataset mnist", "invalid choice: 'mnist'"),
     "unknown flag": ("--stepz 3", "unrecognized arguments: --stepz"),
     "not a number": ("--steps many", "invalid int value: 'many'"),
-    "missing folder": ("--dataset folder --data {d}/none", "not a directory"),
+    "missing folder": ("--dataset folder --data {d}/none", "No such file or directory"),
     "folder without data": ("--dataset folder", "needs --data"),
     "empty folder": ("--dataset folder --data {d}/empty", "holds 0 class folder(s)"),
     "a class without images": (
