@@ -1,11 +1,10 @@
 """Capacity Manipulation (CM) for class-imbalanced diffusion models, in one file.
 
-    python cm.py                               # ten classes of shapes, minutes on a CPU
-    python cm.py --dataset fashion --data DIR  # Fashion-MNIST-LT, 16x16, a CPU-sized network
+    python cm.py                               # Fashion-MNIST-LT, 16x16, minutes on a CPU
     python cm.py --dataset cifar10 --ir 100    # the paper's setting: a GPU, 300,000 steps
     python cm.py --dataset folder --data TREE  # your own images, TREE/CLASS/*.jpg
-    python cm.py --out runs/shapes --resume    # go on where a run stopped
-    python cm.py --sample runs/shapes/checkpoint.pt --num-images 1000
+    python cm.py --out runs/fashion16 --resume # go on where a run stopped
+    python cm.py --sample runs/fashion16/checkpoint.pt --num-images 1000
     torchrun --nproc-per-node 4 cm.py --dataset cifar100   # several GPUs (--nnodes: machines)
 
 The method comes first: Eq. (1) capacity reservation, Eqs. (3) and (2) the loss, the diffusion
@@ -16,23 +15,21 @@ are 0..C-1 in the data set's own order; `alpha_bar[t]` is indexed t = 0..T-1, T 
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
 import dataclasses
 import datetime
 import functools
-import gzip
 import hashlib
 import inspect
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import warnings
-import zlib
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -57,68 +54,84 @@ T = 1000  # diffusion steps (Sec. G.1)
 class LowRankReserved(nn.Module):
     """A Conv2d or Linear whose weight is W_g + BA, or W_g alone inside `general_only` (Eq. 1).
 
-    `layer` holds W_g (and the bias). B [d, r] starts at zero and A [r, k] at random, as in LoRA, so
+    `layer` holds W_g (and the bias) and is called with its weight replaced, so that a forward of
+    its own and hooks go on working. B [d, r] starts at zero and A [r, k] at random, as in LoRA, so
     training starts from the plain layer; unlike LoRA's, W_g is trained too, and BA has no factor.
-    A convolution's weight counts as d x k with k = in_channels * kh * kw. `weight` and `bias` can
-    be read as on the plain layer."""
+    A kh x kw convolution's weight counts as d x k = (kh * out) x (kw * in), as in loralib and in
+    the authors' code; in within a group. `weight` and `bias` can be read as on the plain layer."""
 
     def __init__(self, layer, rank):
         super().__init__()
-        d, k = layer.weight.flatten(1).shape
+        d, k = matrix_shape(layer)
         self.layer = layer
-        self.general = False
+        self.general = 0  # how often `general_only` was entered
         self.B = nn.Parameter(layer.weight.new_zeros(d, rank))
         self.A = nn.Parameter(layer.weight.new_empty(rank, k))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.normal_(self.A, std=(3 * k) ** -0.5)
 
     @property
     def weight(self):
         W_g = self.layer.weight
-        if self.general:  # set by `general_only`: theta_g
+        if self.general:  # theta_g
             return W_g
         with torch.autocast(W_g.device.type, enabled=False):  # bfloat16 would round a small BA away
-            return W_g + (self.B @ self.A).view_as(W_g)  # Eq. (1)
+            dtype = torch.promote_types(W_g.dtype, torch.float32)
+            BA = (self.B.to(dtype) @ self.A.to(dtype)).view_as(W_g)
+            return (W_g + BA).to(W_g.dtype)  # Eq. (1)
 
     @property
     def bias(self):
         return self.layer.bias
 
-    def forward(self, x):
-        if isinstance(self.layer, nn.Linear):
-            return F.linear(x, self.weight, self.bias)
-        return self.layer._conv_forward(x, self.weight, self.bias)  # stride, padding, groups
+    def forward(self, *args, **kwargs):
+        return torch.func.functional_call(self.layer, {"weight": self.weight}, args, kwargs)
 
 
-def reserve_capacity(module, rank_ratio=0.1):
-    """Replace every Conv2d and Linear inside `module`, in place, by a LowRankReserved (Eq. 1).
+def matrix_shape(layer):
+    """(d, k) of a Conv2d's or Linear's weight as a matrix: (kh * out, kw * in), in within a group.
+    """
+    out_features, in_features, *kernel = layer.weight.shape
+    kh, kw = kernel or (1, 1)
+    return kh * out_features, kw * in_features
 
-    The rank is int(rank_ratio * min(d, k)); where that is 0 the layer stays whole. Returns the
-    module (a bare layer comes back wrapped). The paper reserves in the UNet's decoder only, since
-    shallow layers capture general knowledge (Sec. G.1). Raises ValueError if rank_ratio is outside
-    (0, 1], if no layer is large enough, or if capacity is reserved already. (Sec. 3.1, G.1)"""
+
+def rank_of(layer, rank_ratio):
+    """The rank of a layer's BA: kh * max(int(rank_ratio * min(out, in)), 1)."""
+    out_features, in_features, *kernel = layer.weight.shape
+    rank = int(round(rank_ratio * min(out_features, in_features), 6))  # 0.29 * 100 is below 29
+    return (kernel or [1])[0] * max(rank, 1)
+
+
+def reserve_capacity(module, rank_ratio=0.1, where=None):
+    """Replace Conv2d and Linear layers inside `module`, in place, by LowRankReserved ones (Eq. 1).
+
+    `where(layer)` says which, by default all of them. A layer whose rank (`rank_of`) wouldn't be
+    below min(d, k) stays whole. Returns the module (a bare layer comes back wrapped). The paper
+    reserves in the UNet's decoder, since shallow layers capture general knowledge (Sec. G.1).
+    Raises ValueError if rank_ratio is outside (0, 1], if no layer can be reserved, if a weight is
+    shared or computed from others, or if capacity is reserved already. (Sec. 3.1, G.1)"""
     if not 0 < rank_ratio <= 1:
         raise ValueError(f"rank ratio {rank_ratio} is outside (0, 1]")
     if reserved_layers(module):
         raise ValueError("capacity is reserved in this module already; merge it first")
-    ranks = full_ranks(module)
-    reserved = {layer: LowRankReserved(layer, int(rank_ratio * full_rank))
-                for layer, full_rank in ranks.items() if int(rank_ratio * full_rank) > 0}
+    layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    owners = collections.Counter(p for m in module.modules() for p in m._parameters.values())
+    reserved = {}
+    for layer in layers if where is None else filter(where, layers):
+        if "weight" not in layer._parameters:
+            raise ValueError("a layer's weight is computed from others (weight norm, "
+                             "parametrization); capacity is reserved in plain layers only")
+        if owners[layer.weight] > 1:
+            raise ValueError("two modules share a weight (tied): merged, they would differ; untie "
+                             "it, or leave it out by `where`")
+        rank = rank_of(layer, rank_ratio)
+        if rank < min(matrix_shape(layer)):
+            reserved[layer] = LowRankReserved(layer, rank)
     if not reserved:
-        raise ValueError(f"rank ratio {rank_ratio} reserves nothing: the largest full rank here is "
-                         f"{max(ranks.values(), default=0)}")
+        kinds = sorted({type(m).__name__ for m in module.modules() if m._parameters})
+        raise ValueError(f"no Conv2d or Linear to reserve a rank below its own in; the layers "
+                         f"with weights here are {', '.join(kinds) or 'none'}")
     return replace_modules(module, reserved)
-
-
-def full_ranks(module):
-    """{layer: min(d, k)} of every Conv2d and Linear inside `module`. Raises ValueError."""
-    ranks = {}
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            if "weight" not in layer._parameters or layer._forward_pre_hooks:
-                raise ValueError("a layer's weight is computed from others (weight norm, "
-                                 "parametrization); capacity is reserved in plain layers only")
-            ranks[layer] = min(layer.weight.flatten(1).shape)
-    return ranks
 
 
 def replace_modules(module, new):
@@ -131,25 +144,23 @@ def replace_modules(module, new):
 
 
 def reserved_layers(module):
-    """The layers with reserved capacity; not a subclass's: theta_g keeps those (finetune.py)."""
-    return [m for m in module.modules() if type(m) is LowRankReserved]
+    """The layers with reserved capacity, [LowRankReserved]."""
+    return [m for m in module.modules() if isinstance(m, LowRankReserved)]
 
 
 @contextlib.contextmanager
 def general_only(module):
     """Inside, `module` computes with theta_g, that is W_g alone (Sec. 3.2).
 
-    `module` may be the list of its `reserved_layers`, where a loop has it at hand. A plain module
-    is its own theta_g."""
-    layers = module if isinstance(module, list) else reserved_layers(module)
-    before = [layer.general for layer in layers]
+    A plain module is its own theta_g. Entries are counted, so contexts may overlap."""
+    layers = reserved_layers(module)
     for layer in layers:
-        layer.general = True
+        layer.general += 1
     try:
         yield module
     finally:
-        for layer, general in zip(layers, before, strict=True):
-            layer.general = general
+        for layer in layers:
+            layer.general -= 1
 
 
 def merge(module):
@@ -158,9 +169,9 @@ def merge(module):
     It has the names, parameter count and FLOPs of a network that never had reserved capacity.
     Inside `general_only` it is a plain copy of theta_g."""
     plain = copy.deepcopy(module)
-    layers = [m for m in plain.modules() if isinstance(m, LowRankReserved)]
-    for reserved in reversed(layers):  # from the inside out, where one lies in another
-        reserved.layer.weight = nn.Parameter(reserved.weight.detach().clone())
+    for reserved in reversed(reserved_layers(plain)):  # from the inside out
+        weight = reserved.weight.detach().clone()
+        reserved.layer.weight = nn.Parameter(weight, reserved.layer.weight.requires_grad)
         plain = replace_modules(plain, {reserved: reserved.layer})
     return plain
 
@@ -179,21 +190,31 @@ def class_weights(counts):
     return omega_con.float(), omega_div.float()
 
 
+def capacity_weights(counts, w_con=1.0, w_div=0.2):
+    """w [C], what a class's distance d counts for: w_con * omega_con - w_div * omega_div.
+
+    1 and 0.2 are the authors' code's; 1 and 1 are Eq. (2) as printed; 0 leaves a term out
+    (Tab. 7). Where 1 + lam * w <= 0 the loss has no minimum in eps_theta either."""
+    omega_con, omega_div = class_weights(counts)
+    return w_con * omega_con - w_div * omega_div
+
+
 def squared_distance(a, b):
-    """||a - b||^2 as a *mean* over C x H x W, [B], at least in float32."""
+    """||a - b||^2 as a *mean* over C x H x W, [B], at least in float32. Raises ValueError."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {list(a.shape)} and {list(b.shape)}")
     dtype = torch.promote_types(a.dtype, torch.float32)
     return (a.to(dtype) - b.to(dtype)).square().flatten(1).mean(1)
 
 
-def capacity_loss(eps_theta, eps_theta_g, omega_con, omega_div, div_margin):
-    """L_CM [B] of predictions [B, C, H, W] and each sample's class weights [B].
+def capacity_loss(eps_theta, eps_theta_g, w, div_margin=0.1):
+    """L_CM [B], w * d, of predictions [B, C, H, W] and each sample's weight w [B] (Eq. 2).
 
-    Eq. (2) is (omega_con - omega_div) * d. Where that weight is negative it has no minimum, so
-    there, and only there, d counts up to `div_margin`; div_margin = inf gives Eq. (2) as printed.
-    Both predictions get gradient; at d = 0 it is zero, so BA is moved first by the base loss."""
+    Both predictions get gradient. Where w < 0 the loss has no lower bound in eps_theta_g, so there,
+    and only there, d counts up to `div_margin`: a fuse, some 50 times what dropout makes of d.
+    div_margin = inf is the authors' form, without one."""
     d = squared_distance(eps_theta, eps_theta_g)
-    w = omega_con - omega_div
-    return torch.where(w >= 0, w * d, w * d.clamp(max=div_margin))  # Eq. (2), bounded
+    return torch.where(w >= 0, w * d, w * d.clamp(max=div_margin))  # Eq. (2), with the fuse
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,74 +288,68 @@ def focal(base):
 def same_masks(x):
     """Inside, dropout draws its masks as usual; on leaving, the generator goes back where it was.
 
-    So the pass that follows draws the masks of the pass inside again. With masks of their own,
-    theta and theta_g would differ (d > 0) even where BA = 0: L_CM would train on that noise.
+    So the pass that follows draws the masks of the pass inside again: then d is capacity alone.
     fork_rng always brings back the CPU's generator; the list adds a GPU's."""
     devices = [x.device.index or 0] if x.device.type == "cuda" else []
     return torch.random.fork_rng(devices, device_type="cuda")
 
 
 class CapacityManipulation(nn.Module):
-    """The losses of one batch under a UNet. A variation of the method is a subclass of it.
+    """The losses of one batch under a network `unet(x_t, t, y)`. A variation is a subclass of it.
 
+    counts [C] are training counts; `base` is "ddpm", "oc", "cbdm" or "focal"; `lam` is lambda;
+    w_con, w_div, div_margin as in `capacity_weights` and `capacity_loss`; `same_masks`: theta and
+    theta_g share their dropout masks; `cbdm_prior`: as in `other_classes`; `no_cm`: base loss only.
     `forward` draws OC's references, CBDM's other classes and the dropout masks."""
 
-    def __init__(self, unet, counts, config):
+    def __init__(self, unet, counts, base="ddpm", lam=1.0, w_con=1.0, w_div=0.2, div_margin=0.1,
+                 same_masks=False, cbdm_prior="uniform", no_cm=False):
         super().__init__()
-        self.unet, self.config = unet, config
-        self.reserved = reserved_layers(unet)
-        omega_con, omega_div = class_weights(counts)
-        if config.no_con:
-            omega_con = torch.zeros_like(omega_con)
-        if config.no_div:
-            omega_div = torch.zeros_like(omega_div)
-        self.register_buffer("omega_con", omega_con)
-        self.register_buffer("omega_div", omega_div)
+        self.unet, self.base, self.lam, self.div_margin = unet, base, lam, div_margin
+        self.same_masks, self.cbdm_prior, self.no_cm = same_masks, cbdm_prior, no_cm
+        self.register_buffer("w", capacity_weights(counts, w_con, w_div))
         self.register_buffer("counts", torch.as_tensor(counts))
         self.register_buffer("alpha_bar", make_alpha_bar())
-        self.encode, self.decode = unet.encode, unet.decode
-        if config.compile:
-            options = {"fallback_random": True}  # eager's random numbers: masks can be drawn again
-            self.encode = torch.compile(unet.encode, options=options)
-            self.decode = torch.compile(unet.decode, options=options)
+
+    @classmethod
+    def from_config(cls, unet, counts, config):
+        """The loss module of a run, called by `train`; a variation may override it."""
+        return cls(unet, counts, config.base, config.lam, config.w_con, config.w_div,
+                   config.div_margin, config.same_masks, config.cbdm_prior, config.no_cm)
 
     def forward(self, x0, y, t, eps, y_in):
         """x0, eps [B, C, H, W]; y, t [B]; y_in [B], y with -1 where the label is dropped.
 
-        -> total loss (scalar), base loss [B], L_CM [B], d [B]."""
-        config = self.config
+        -> total loss (scalar), base loss [B], L_CM [B], d [B]. (Algorithm C.1)"""
         x_t = add_noise(x0, t, eps, self.alpha_bar)
         target = eps
-        if config.base == "oc":
+        if self.base == "oc":
             target = oc_target(x0, x_t, t, y, eps, self.counts, self.alpha_bar)
-        if config.base == "cbdm":
-            y_other = self.other_classes(y)
-            with same_masks(x_t):
-                eps_other = self.decode(*self.encode(x_t, t, y_other))
 
-        h, skips, emb = self.encode(x_t, t, y_in)  # theta and theta_g differ in the decoder only
-        if not config.no_cm:
-            with same_masks(x_t), general_only(self.reserved):
-                eps_theta_g = self.decode(h, skips, emb)
-        eps_theta = self.decode(h, skips, emb)
+        # two whole passes, each with dropout masks of its own: d > 0 even where BA = 0
+        with same_masks(x_t) if self.same_masks else contextlib.nullcontext():
+            eps_theta = self.unet(x_t, t, y_in)
+        if not self.no_cm:
+            with general_only(self.unet):
+                eps_theta_g = self.unet(x_t, t, y_in)
 
         base = squared_distance(eps_theta, target)  # [B]; theta_g has no base loss
-        if config.base == "cbdm":
+        if self.base == "cbdm":
+            eps_other = self.unet(x_t, t, self.other_classes(y))
             base = base + cbdm_pull(eps_theta, eps_other, t, y_in)
-        if config.base == "focal":
+        if self.base == "focal":
             base = focal(base)
-        if config.no_cm:
+        if self.no_cm:
             return base.mean(), base, torch.zeros_like(base), torch.zeros_like(base)
         # weighed by the true class, also where the label is dropped
-        loss_cm = capacity_loss(eps_theta, eps_theta_g, self.omega_con[y], self.omega_div[y],
-                                config.div_margin)
-        total = base.mean() + config.lam * loss_cm.mean()  # Eq. (4)
+        loss_cm = capacity_loss(eps_theta, eps_theta_g, self.w[y], self.div_margin)
+        total = base.mean() + self.lam * loss_cm.mean()  # Eq. (4)
         return total, base, loss_cm, squared_distance(eps_theta.detach(), eps_theta_g.detach())
 
     def other_classes(self, y):
-        """CBDM's y' [B], maybe y: uniform over classes (Eq. D.1), or by frequency as its code."""
+        """CBDM's y' [B], maybe y: uniform over classes (Eq. D.1), or by "frequency" as its code."""
         prior = self.counts.float()
-        if self.config.cbdm_prior == "uniform":
+        if self.cbdm_prior == "uniform":
             prior = torch.ones_like(prior)
         return torch.multinomial(prior, len(y), replacement=True)
 
@@ -454,7 +469,7 @@ def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0,
 
 
 # --------------------------------------------------------------------------------------------------
-# Network: the DDPM UNet of the code that the paper builds on, cut between encoder and decoder
+# Network: the DDPM UNet of the code that the paper builds on
 
 
 def conv(cin, cout, kernel=3, stride=1, gain=1.0):
@@ -518,11 +533,10 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t, y), as `decode(*encode(x_t, t, y))`; Eq. (1) is for the decoder.
+    """eps_theta(x_t, t, y); Eq. (1) is for its decoder.
 
-    num_classes=None makes it unconditional. `image_size` only places the attention; any size
-    divisible by 2^(levels-1) can be fed. Raises ValueError where widths don't fit GroupNorm or the
-    image's size the stride."""
+    `image_size` only places the attention; any size divisible by 2^(levels-1) can be fed. Raises
+    ValueError where widths don't fit GroupNorm or the image's size the stride."""
 
     def __init__(self, num_classes=10, image_channels=3, image_size=32, channels=128,
                  multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1):
@@ -532,7 +546,7 @@ class UNet(nn.Module):
         self.stride = 2 ** (len(multipliers) - 1)
         self.time_embedding = nn.Sequential(linear(channels, emb_dim), nn.SiLU(),
                                             linear(emb_dim, emb_dim))
-        self.label_embedding = nn.Embedding(num_classes, emb_dim) if num_classes else None
+        self.label_embedding = nn.Embedding(num_classes, emb_dim)
         attends = [image_size >> level in attention for level in range(len(multipliers))]
 
         self.encoder = nn.ModuleList([conv(image_channels, channels)])
@@ -562,36 +576,32 @@ class UNet(nn.Module):
         self.decoder.append(nn.Sequential(norm(width), nn.SiLU(),
                                           conv(width, image_channels, gain=1e-5)))
 
-    def encode(self, x_t, t, y=None, extra_emb=None):
-        """-> (h, skips, emb), what `decode` takes.
-
-        x_t [B, C, H, W], t [B], y [B] (-1: label dropped) or None, extra_emb [B, 4 * channels] is
-        added to the embedding. Raises ValueError if H or W is off the stride."""
-        height, width = x_t.shape[2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(
-                f"images of {height}x{width} don't fit the network's stride, {self.stride}")
+    def embed(self, t, y):
+        """What each residual block is told of the time t [B] and the label y [B] (-1: dropped),
+        [B, 4 * channels]."""
         half = torch.arange(self.channels // 2, device=t.device)
         frequency = torch.exp(-math.log(10_000.0) / (self.channels // 2) * half)
         angle = t[:, None].float() * frequency
         emb = torch.cat([angle.sin(), angle.cos()], 1)
-        emb = self.time_embedding(emb.to(self.time_embedding[0].weight.dtype))  # [B, 4 * channels]
-        if y is not None and self.label_embedding is not None:
-            label = self.label_embedding(y.clamp(min=0))
-            emb = emb + label * (y >= 0)[:, None]  # a dropped label adds nothing
-        if extra_emb is not None:
-            emb = emb + extra_emb
+        emb = self.time_embedding(emb.to(self.time_embedding[0].weight.dtype))
+        label = self.label_embedding(y.clamp(min=0))
+        return emb + label * (y >= 0)[:, None]  # a dropped label adds nothing
+
+    def forward(self, x_t, t, y):
+        """-> eps [B, C, H, W] for x_t [B, C, H, W], t [B], y [B] (-1: label dropped).
+
+        Raises ValueError if H or W is off the stride."""
+        height, width = x_t.shape[2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(
+                f"images of {height}x{width} don't fit the network's stride, {self.stride}")
+        emb = self.embed(t, y)
         h, skips = x_t, []
         for layer in self.encoder:
             h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
             skips.append(h)
         for layer in self.middle:
             h = layer(h, emb)
-        return h, skips, emb
-
-    def decode(self, h, skips, emb):
-        """-> eps [B, C, H, W]"""
-        skips = list(skips)
         for layer in self.decoder:
             if isinstance(layer, ResBlock):
                 h = layer(torch.cat([h, skips.pop()], 1), emb)
@@ -599,17 +609,18 @@ class UNet(nn.Module):
                 h = layer(h)
         return h
 
-    def forward(self, x_t, t, y=None, extra_emb=None):
-        return self.decode(*self.encode(x_t, t, y, extra_emb))
-
 
 def make_unet(config, num_classes, image_channels):
-    """The UNet of a run, with capacity reserved in its decoder (Eq. 1) unless --no-cm."""
-    unet = UNet(None if config.unconditional else num_classes, image_channels, config.image_size,
-                config.channels, config.multipliers, config.blocks, config.attention,
-                config.dropout)
+    """The UNet of a run, with capacity reserved in its decoder (Eq. 1) unless --no-cm.
+
+    As in the authors' code: in the 3x3 convolutions of the decoder's blocks and upsampling, not in
+    the last convolution; with --preset paper these are 27."""
+    unet = UNet(num_classes, image_channels, config.image_size, config.channels,
+                config.multipliers, config.blocks, config.attention, config.dropout)
     if not config.no_cm:
-        reserve_capacity(unet.decoder, config.rank_ratio)
+        last = unet.decoder[-1][-1]
+        reserve_capacity(unet.decoder, config.rank_ratio, where=lambda layer: (
+            layer is not last and layer.weight.shape[2:] == (3, 3)))
     return unet
 
 
@@ -667,116 +678,23 @@ def splits(counts):
     return {"Many": order[:third], "Medium": order[third:2 * third], "Few": order[2 * third:]}
 
 
-SHAPES = ("disc", "ring", "cross", "bar", "square", "triangle", "crescent", "heart", "star",
-          "frame")
+FASHION16 = Path(__file__).with_name("assets") / "fashion16.npz"  # experiments/make_fashion16.py
 
 
-def box(x, y, a, b):
-    """Signed distance (nearly) from points (x, y) to the rectangle |x| < a, |y| < b."""
-    return np.maximum(abs(x) - a, abs(y) - b)
-
-
-def signed_distance(shape, x, y):
-    """Signed distance, negative inside, from points (x, y) to a shape of about unit radius."""
-    r = np.hypot(x, y)
-    if shape == "disc":
-        return r - 0.85
-    if shape == "ring":
-        return abs(r - 0.7) - 0.22
-    if shape == "cross":
-        return np.minimum(box(x, y, 0.95, 0.28), box(x, y, 0.28, 0.95))
-    if shape == "bar":
-        return np.hypot(x - np.clip(x, -0.75, 0.75), y) - 0.22
-    if shape == "square":
-        return box(x, y, 0.75, 0.75)
-    if shape == "triangle":  # three half-planes
-        normals = np.pi * np.array([0.5, 7 / 6, 11 / 6])
-        return np.max([x * math.cos(a) + y * math.sin(a) for a in normals], 0) - 0.5
-    if shape == "crescent":
-        return np.maximum(r - 0.9, 0.72 - np.hypot(x - 0.42, y))
-    if shape == "heart":  # a square with a half-disc on each of two sides
-        x, y = x + 0.2, y + 0.2
-        discs = np.minimum(np.hypot(x - 0.5, y), np.hypot(x, y - 0.5)) - 0.5
-        return np.minimum(box(x, y, 0.5, 0.5), discs)
-    if shape == "star":  # five-fold symmetry: fold the angle, then one edge from tip to notch
-        a = abs((np.arctan2(y, x) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-        notch = 0.45 * np.array([math.cos(np.pi / 5), math.sin(np.pi / 5)])
-        edge = math.hypot(notch[1], 1.0 - notch[0])
-        normal = np.array([notch[1], 1.0 - notch[0]]) / edge
-        return (r * np.cos(a) - 1.0) * normal[0] + r * np.sin(a) * normal[1]
-    if shape == "frame":
-        return abs(box(x, y, 0.66, 0.66)) - 0.17
-    raise ValueError(f"unknown shape {shape!r}")
-
-
-def draw_shapes(per_class, size, seed):
-    """Anti-aliased coloured shapes, uint8 [10 * per_class, size, size, 3], and labels by class.
-
-    Position, size, angle and hue vary, so a class has real diversity; the ground is black."""
-    rng, images = np.random.RandomState(seed), []
-    grid = (np.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
-    for shape in SHAPES:
-        radius = rng.uniform(0.7, 0.9, (per_class, 1, 1))
-        cx, cy = rng.uniform(-1, 1, (2, per_class, 1, 1)) * (1 - radius)
-        angle = rng.uniform(0, 2 * np.pi, (per_class, 1, 1))
-        u = (grid[None, None, :] - cx) / radius
-        v = (grid[None, :, None] - cy) / radius
-        x = u * np.cos(angle) + v * np.sin(angle)
-        y = v * np.cos(angle) - u * np.sin(angle)
-        cover = np.clip(0.5 - signed_distance(shape, x, y) * radius * size / 2, 0, 1)[..., None]
-        hue = rng.uniform(0, 1, (per_class, 1, 1, 1)) + np.array([0, 1 / 3, 2 / 3])
-        colour = np.clip(1.5 * np.cos(2 * np.pi * hue) + 0.75, 0.05, 1)
-        images.append(np.rint(255 * (cover * colour)).astype(np.uint8))
-    return np.concatenate(images), np.repeat(np.arange(len(SHAPES)), per_class)
-
-
-def read_idx(path):
-    """The uint8 array of an idx file (MNIST's format), gzipped or not. Raises ValueError."""
+def fetch(name, root, train):
+    """A torchvision data set, downloaded if need be. Raises ValueError."""
+    packed = (root / "train-images-idx3-ubyte.gz").is_file()  # as Debian's package has them
+    if name == "fashion" and packed and not (root / "FashionMNIST" / "raw").is_dir():
+        raw = "data/FashionMNIST/raw"
+        raise ValueError(f"{root} holds packed files; type mkdir -p {raw} && cp {root}/*.gz {raw} "
+                         f"&& gunzip {raw}/*.gz, then leave --data away")
+    kind = "FashionMNIST" if name == "fashion" else name.upper()
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            raw = file.read()
-        dims = np.frombuffer(raw, ">u4", raw[3], 4) if raw[:3] == b"\0\0\x08" else ()
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
-    except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error):
-        raise ValueError(f"{path} is not a whole idx file of bytes; fetch it again") from None
-
-
-def read_fashion(root, train):
-    """Fashion-MNIST, uint8 [N, 32, 32, 1] (padded), and labels: from idx files in `root`, else
-    through torchvision. Raises ValueError."""
-    stem = "train" if train else "t10k"
-    names = [f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"]
-    found = [path for name in names for path in sorted(root.glob(name + "*"))[:1]]
-    if len(found) == 1:
-        missing = next(name for name in names if not found[0].name.startswith(name))
-        raise ValueError(f"{root} lacks {missing}[.gz]")
-    if found:
-        images, labels = map(read_idx, found)
-    else:
-        data = fetch(torchvision.datasets.FashionMNIST, root, train)
-        images, labels = data.data.numpy(), data.targets.numpy()
-    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise ValueError(f"{root}: {len(images)} images and {len(labels)} labels don't make a "
-                         f"Fashion-MNIST set")
-    pad = (32 - images.shape[1]) // 2
-    images = np.pad(images, ((0, 0), (pad, pad), (pad, pad)))[..., None]  # [N, 32, 32, 1]
-    return images, labels.astype(np.int64)
-
-
-def fetch(dataset, root, train):
-    """A torchvision data set, downloaded if need be. Raises ValueError, and leaves no empty
-    folders, where it can't."""
-    folders = [root / dataset.__name__ / "raw", root / dataset.__name__, root]
-    new = [d for d in folders if not d.exists()]
-    try:
-        return dataset(root, train=train, download=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
-        for d in new:
-            if d.is_dir() and not any(d.iterdir()):
-                d.rmdir()
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise ValueError(f"{dataset.__name__} is neither whole in {root} nor could it be fetched "
-                         f"({reason}); --data names the directory that holds it") from None
+        return getattr(torchvision.datasets, kind)(root, train=train, download=True)
+    except Exception as e:  # torchvision, urllib and pickle have many kinds
+        raise ValueError(f"{kind} is neither whole in {root} nor could it be fetched "
+                         f"({e or type(e).__name__}); --data names the directory that holds "
+                         f"it") from None
 
 
 DECODER = 2  # raised where `read_image` or `square` gives other pixels: old caches go
@@ -922,25 +840,32 @@ def load_dataset(name, data=None, image_size=32, train=True):
             raise ValueError("--dataset folder needs --data DIR, a tree with one folder of images "
                              "a class")
         return read_folder(root, image_size, train)
-    if name == "shapes":
-        images, labels = draw_shapes(1000 if train else 64, image_size, seed=0 if train else 1)
-        return images, labels, list(SHAPES)
-    if name == "fashion":
-        images, labels = read_fashion(root, train)
-        names = list(torchvision.datasets.FashionMNIST.classes)
-    elif name in ("cifar10", "cifar100"):
-        cifar = fetch(getattr(torchvision.datasets, name.upper()), root, train)
-        images, labels, names = cifar.data, np.asarray(cifar.targets, np.int64), list(cifar.classes)
-    else:
+    if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
+    check(name != "fashion16" or data is None, "data", data,
+          "left away with fashion16, which lies beside cm.py")
+    sizes = (8, 16) if name == "fashion16" else (8, 16, 32)
+    check(image_size in sizes, "image_size", image_size,
+          f"{' or '.join(map(str, sizes))} for {name}")
+    if name == "fashion16":
+        part, names = "train" if train else "test", torchvision.datasets.FashionMNIST.classes
+        with np.load(FASHION16) as file:
+            images, labels = file[f"{part}_images"][..., None], file[f"{part}_labels"]
+    else:
+        whole = fetch(name, root, train)
+        images, labels, names = np.asarray(whole.data), np.asarray(whole.targets), whole.classes
+        if name == "fashion":
+            images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]  # [N, 32, 32, 1]
+    return shrink(images, image_size), labels.astype(np.int64), list(names)
+
+
+def shrink(images, size):
+    """uint8 [N, H, H, C] averaged to [N, size, size, C]; size divides H."""
     n, side, _, channels = images.shape
-    if side % image_size:
-        raise ValueError(f"--image-size is {image_size}; for {name} it must divide {side}")
-    f = side // image_size
-    if f > 1:  # average pooling
-        images = images.reshape(n, image_size, f, image_size, f, channels).mean((2, 4), np.float32)
-        images = np.rint(images).astype(np.uint8)
-    return images, labels, names
+    if side == size:
+        return images
+    blocks = images.reshape(n, size, side // size, size, side // size, channels)
+    return np.rint(blocks.mean((2, 4), np.float32)).astype(np.uint8)
 
 
 def on_device(images, labels, device):
@@ -1238,21 +1163,21 @@ def prepare_run(config, typed, losses, network):
     return config, state
 
 
-def read_data(config, device):
-    """Data(config), and the gloo group over which processes wait for each other (one alone: None).
+def read_data(data, config, device):
+    """data(config, device), and the gloo group over which processes wait for each other (or None).
 
     The first process of each machine downloads or decodes; the others wait, hours if need be."""
     if "WORLD_SIZE" not in os.environ:
-        return Data(config, device), None
+        return data(config, device), None
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         dist.barrier(patient)
-    data = Data(config, device)
+    read = data(config, device)
     if first:
         dist.barrier(patient)
-    return data, patient
+    return read, patient
 
 
 def without_buffers(ddp):
@@ -1276,13 +1201,14 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_unet):
+def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_unet, data=Data):
     """Train as configured, write the run directory, show the result.
 
     `typed`: the options that a --resume must match; `losses`: CapacityManipulation or a subclass of
-    it; `network(config, num_classes, image_channels)`: a UNet. Returns 0, or 128 + the signal that
-    stopped it. Raises ValueError on bad input, before anything is written, and FloatingPointError
-    where the loss stops being finite."""
+    it; `network(config, num_classes, image_channels)`: a UNet; `data(config, device)`: `Data` or
+    what has its attributes and methods. Returns 0, or 128 + the signal that stopped it. Raises
+    ValueError on bad input, before anything is written, and FloatingPointError where the loss stops
+    being finite."""
     config, state = prepare_run(config, typed, losses, network)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(config.batch_size % world == 0, "batch_size", config.batch_size,
@@ -1290,13 +1216,15 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     device = pick_device(config.device)
     kind = precision(config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
-    data, patient = read_data(config, device)
+    data, patient = read_data(data, config, device)
 
     torch.manual_seed(hashed_seed("weights", config.seed))
     unet = network(config, len(data.names), data.images.shape[1])
     unet = lay_out(unet, device)
-    module = losses(unet, data.counts, config).to(device)
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
+    if config.compile:  # with eager's random numbers, so that --same-masks can draw masks again
+        unet.compile(options={"fallback_random": True})
+    module = losses.from_config(unet, data.counts, config).to(device)
     model = module
     if patient:
         # cuDNN writes a 1x1 kernel's strides in another way; its bytes are the same
@@ -1342,9 +1270,13 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
         text = json.dumps(dict(made_of(losses, network), options=stored_options(config),
                                classes=data.names, counts=data.counts.tolist()), indent=1)
         write_atomically(out / "config.json", lambda path: path.write_text(text))
-        size = sum(p.numel() for p in merge(unet).parameters()) / 1e6
+        size = sum(p.numel() for p in merge(ema).parameters()) / 1e6
         print(f"{config.dataset}: {len(data.images)} images, {len(data.names)} classes; "
               f"{size:.2f} M parameters; {device}; {out}/")
+        concave = concave_classes(data.counts, config)
+        if concave:
+            print(f"note: 1 + λw <= 0 for {', '.join(data.names[k] for k in concave[:20])}: there "
+                  f"the loss has no minimum, in ε_θ either; a smaller --w-div makes it positive")
         if device.type == "cpu" and config.preset == "paper":
             print("note: this preset is for a GPU; --preset small with an --out of its own gives a "
                   "result in minutes")
@@ -1406,6 +1338,15 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     if patient:
         dist.destroy_process_group()
     return 0 if step == config.steps else 128 + stopping
+
+
+def concave_classes(counts, config):
+    """The classes for which 1 + lam * w <= 0: base loss plus lam * w * d has the curvature
+    2 (1 + lam * w) in eps_theta."""
+    if config.no_cm:
+        return []
+    w = capacity_weights(counts.cpu(), config.w_con, config.w_div)
+    return torch.where(1 + config.lam * w <= 0)[0].tolist()
 
 
 def clear_leftovers(out, step_done):
@@ -1483,10 +1424,10 @@ def held_out_loss(unet, images, labels, num_classes, per_class=32, times=8):
             x0, y = to_float(images[i:i + 250]), labels[i:i + 250]
             t = torch.full_like(y, int((k + 0.5) * T / times))
             eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-            h, skips, emb = unet.encode(add_noise(x0, t, eps, alpha_bar), t, y)
-            eps_theta = unet.decode(h, skips, emb)
+            x_t = add_noise(x0, t, eps, alpha_bar)
+            eps_theta = unet(x_t, t, y)
             with general_only(unet):
-                eps_theta_g = unet.decode(h, skips, emb)
+                eps_theta_g = unet(x_t, t, y)
             values = torch.stack([squared_distance(eps_theta, eps),
                                   squared_distance(eps_theta_g, eps),
                                   squared_distance(eps_theta, eps_theta_g),
@@ -1508,7 +1449,7 @@ def report(ema, data, config, out):
     width = max(map(len, labels))
     header = f"{'class':{width}}  {'count':>6} {'ω_Con':>7} {'ω_Div':>7} {'loss θ':>8}"
     if not config.no_cm:
-        header += f" {'loss θ_g':>8} {'d':>9}"
+        header += f" {'loss θ_g':>8} {'d (no dropout)':>15}"
     print(f"\nε-loss on {data.held_out_name}, {per_class} images a class\n{header}")
     for label, k in zip(labels, shown.values(), strict=True):
         if label == "Many":
@@ -1516,7 +1457,7 @@ def report(ema, data, config, out):
         row = (f"{label:{width}}  {int(counts[k].sum()):6d} {float(omega_con[k].mean()):7.3f} "
                f"{float(omega_div[k].mean()):7.3f} {float(loss[k].nanmean()):8.5f}")
         if not config.no_cm:
-            row += f" {float(loss_g[k].nanmean()):8.5f} {float(d[k].nanmean()):9.2e}"
+            row += f" {float(loss_g[k].nanmean()):8.5f} {float(d[k].nanmean()):15.2e}"
         print(row)
     if not config.no_cm:
         print("θ against θ_g shows where the expertise lies, not whether CM helps. For that, train "
@@ -1531,17 +1472,20 @@ def draw_samples(ema, data, config, path, columns=8):
     """A row a class, most frequent first: real images, then theta, theta_g from the same noise."""
     shown = shown_classes(data.counts.cpu())
     y = torch.tensor(shown, device=data.counts.device).repeat_interleave(columns)
-    y_in = torch.full_like(y, -1) if config.unconditional else y
+    unconditional = config.label_drop == 1
+    y_in = torch.full_like(y, -1) if unconditional else y
+    guidance = 0.0 if unconditional else config.guidance
     seeds = [hashed_seed("image", config.seed, i) for i in range(len(y))]
 
     def generated():
-        return to_uint8(sample(merge(ema), y_in, data.images.shape[1:], seeds=seeds))
+        shape = data.images.shape[1:]
+        return to_uint8(sample(merge(ema), y_in, shape, guidance=guidance, seeds=seeds))
 
-    of_any = ", any class" if config.unconditional else ""
-    panels = {"real (training set)": data.first(shown, columns), "θ" + of_any: generated()}
+    how = "any class" if unconditional else f"guidance {guidance:g}"
+    panels = {"real (training set)": data.first(shown, columns), f"θ, {how}": generated()}
     if not config.no_cm:
         with general_only(ema):
-            panels["θ_g, without BA" + of_any] = generated()
+            panels[f"θ_g, without BA, {how}"] = generated()
     names = [f"{data.names[k]}  {int(data.counts[k])}" for k in shown]
     draw_panels(panels, names, path)
 
@@ -1597,8 +1541,8 @@ def draw_curves(log, data, config, path):
 
 
 def generate(config, losses=CapacityManipulation, network=make_unet):
-    """--sample: write an .npz in ADM's layout, arr_0 uint8 [N, H, W, C] and arr_1 labels, with
-    `counts` beside. `losses` and `network` are those of `train`.
+    """--sample: write an .npz in ADM's layout, arr_0 uint8 [N, H, W, C] and arr_1 labels; beside
+    them counts, guidance, sampler, sample_steps. `losses` and `network` are those of `train`.
 
     Raises ValueError on bad input, FloatingPointError where an image isn't finite."""
     trained, ema, counts = load_trained(config.sample, losses=losses, network=network)
@@ -1611,8 +1555,9 @@ def generate(config, losses=CapacityManipulation, network=make_unet):
         if not 0 <= k < len(counts):
             raise ValueError(f"--labels {k} is out of range; {config.sample} has classes 0 to "
                              f"{len(counts) - 1}")
-    if config.labels and trained.unconditional:
-        raise ValueError(f"{config.sample} is unconditional: --labels can't be chosen")
+    unconditional = trained.label_drop == 1
+    if config.labels and unconditional:
+        raise ValueError(f"{config.sample} was trained without labels: --labels can't be chosen")
     out = Path(config.out or Path(config.sample).parent / "samples.npz")
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} must end in .npz with --sample")
@@ -1623,22 +1568,24 @@ def generate(config, losses=CapacityManipulation, network=make_unet):
     with general_only(ema) if config.general_only else contextlib.nullcontext():
         unet = lay_out(merge(ema), device)
     shape = (unet.encoder[0].in_channels, trained.image_size, trained.image_size)
+    steps = sampler_steps(config.sampler, config.sample_steps)
+    guidance = 0.0 if unconditional else config.guidance
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(num_images)])
     images = np.empty((num_images, *shape[1:], shape[0]), np.uint8)
     with tqdm(total=num_images, unit="image") as progress, autocast(kind, device):
         for i in range(0, num_images, config.sample_batch):
             y = labels[i:i + config.sample_batch]
             seeds = [hashed_seed("image", config.seed, i + j) for j in range(len(y))]
-            y_in = torch.full_like(y, -1) if trained.unconditional else y
-            x = sample(unet, y_in.to(device), shape, config.sampler, config.sample_steps,
-                       config.guidance, seeds)
+            y_in = torch.full_like(y, -1) if unconditional else y
+            x = sample(unet, y_in.to(device), shape, config.sampler, steps, guidance, seeds)
             if not x.isfinite().all():
                 raise FloatingPointError(f"images from {config.sample} are not finite; nothing was "
                                          f"written")
             images[i:i + len(y)] = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
             progress.update(len(y))
-    arrays = dict(arr_0=images, counts=np.array(counts))
-    if not trained.unconditional:  # an unconditional image has no label
+    arrays = dict(arr_0=images, counts=np.array(counts), guidance=guidance,
+                  sampler=config.sampler, sample_steps=steps)
+    if not unconditional:  # an unconditional image has no label
         arrays["arr_1"] = labels.numpy()
     write_atomically(out, lambda p: np.savez(p, **arrays))
     print(f"{num_images} images of {'theta_g' if config.general_only else 'theta'} in {out}")
@@ -1653,10 +1600,10 @@ PRESETS = {
                   dropout=0.1, rank_ratio=0.1, batch_size=64, steps=300_000, lr=2e-4, warmup=5000,
                   base="oc", log_every=500, checkpoint_every=5000),
     "small": dict(image_size=16, channels=16, multipliers=(1, 2, 2), blocks=1, attention=(),
-                  dropout=0.0, rank_ratio=0.3, batch_size=32, steps=4200, lr=3e-3, warmup=None,
+                  dropout=0.1, rank_ratio=0.1, batch_size=32, steps=4200, lr=3e-3, warmup=None,
                   base="ddpm", log_every=50, checkpoint_every=500),
 }
-DATASETS = {"shapes": "small", "fashion": "small", "cifar10": "paper", "cifar100": "paper",
+DATASETS = {"fashion16": "small", "fashion": "small", "cifar10": "paper", "cifar100": "paper",
             "folder": "paper"}
 
 
@@ -1668,10 +1615,10 @@ def option(group, default, help, **extra):
 class Config:
     """Every option of a run. `config.json` in the run directory holds it, presets filled in."""
 
-    dataset: str = option("data", "shapes", "images to train on", choices=list(DATASETS))
+    dataset: str = option("data", "fashion16", "images to train on", choices=list(DATASETS))
     data: str = option(
-        "data", None, "where they lie: torchvision's root, four idx files (fashion), or an image "
-        "tree (folder; held-out images in DIR/val) [default: data]")
+        "data", None, "where they lie: torchvision's root, or an image tree (folder; held-out "
+        "images in DIR/val); fashion16 lies beside cm.py [default: data]")
     ir: float = option(
         "data", None, "imbalance ratio, most over least frequent class; 1 keeps the set as it is "
         "(Sec. 4.1) [default: 100; folder: 1]")
@@ -1684,11 +1631,12 @@ class Config:
         "data", 1.0, "draw classes with p_c ~ N_c^q: 0.5 square root, 0 class-balanced, 1 off "
         "(Sec. 4.1, RS)", metavar="Q")
     flip: bool = option(
-        "data", None, "horizontal flips [default: yes; fashion: no, its shoes all point one way]")
+        "data", None, "horizontal flips [default: yes; fashion, fashion16: no, their shoes all "
+        "point one way]")
 
     preset: str = option(
-        "network", None, "the paper's (Sec. G.1), or small, for a CPU [default: small for shapes "
-        "and fashion, else paper]", choices=list(PRESETS))
+        "network", None, "the paper's (Sec. G.1), or small, for a CPU [default: small for "
+        "fashion16 and fashion, else paper]", choices=list(PRESETS))
     image_size: int = option("network", None, "side of the square images, in pixels")
     channels: int = option("network", None, "width of the first level")
     multipliers: tuple = option(
@@ -1697,17 +1645,21 @@ class Config:
     attention: tuple = option(
         "network", None, "resolutions with attention, besides the middle", type=int, nargs="*")
     dropout: float = option("network", None, "dropout rate (Sec. G.1)")
-    unconditional: bool = option(
-        "network", False, "no labels in the network; the loss still weighs by class")
 
     no_cm: bool = option("method", False, "the plain network: no reservation, base loss only")
     rank_ratio: float = option("method", None, "rank of BA over full rank (Eq. 1, Sec. G.1)")
     lam: float = option("method", 1.0, "lambda, weight of L_CM (Eq. 4)")
+    w_con: float = option(
+        "method", 1.0, "weight of omega_con in L_CM (Eq. 2); 0 is without L_Con (Tab. 7)")
+    w_div: float = option(
+        "method", 0.2, "weight of omega_div in L_CM; 0.2 is the authors' code's, 1 Eq. (2) as "
+        "printed, 0 without L_Div (Tab. 7)")
     div_margin: float = option(
-        "method", 0.003, "distance up to which divergence is rewarded; inf is Eq. (2) as printed, "
-        "which has no minimum (README)")
-    no_con: bool = option("method", False, "without L_Con (Tab. 7)")
-    no_div: bool = option("method", False, "without L_Div (Tab. 7)")
+        "method", 0.1, "fuse: the distance up to which divergence is rewarded; inf is none, as in "
+        "the authors' code (README)")
+    same_masks: bool = option(
+        "method", False, "theta and theta_g draw the same dropout masks, so that L_CM sees "
+        "capacity alone; in the authors' code each draws its own")
     base: str = option(
         "method", None, "base loss (Sec. 3.2, D)", choices=["oc", "ddpm", "cbdm", "focal"])
     cbdm_prior: str = option(
@@ -1721,7 +1673,8 @@ class Config:
         "training", None,
         "steps of linear warm-up (Sec. G.1) [default: paper 5000, small steps/60]")
     label_drop: float = option(
-        "training", 0.1, "share of samples trained without their label (for guidance)")
+        "training", 0.1, "share of samples trained without their label (for guidance); 1 is an "
+        "unconditional network")
     ema: float = option("training", 0.9999, "largest decay of the weights' moving average")
     seed: int = option("training", 0, "seed of weights, batches and sampling, below 2^63")
     amp: str = option(
@@ -1750,7 +1703,8 @@ class Config:
     sample_steps: int = option(
         "sampling", None, "sampler steps [default: ddim 50, ddpm 1000, dpm 15]")
     guidance: float = option(
-        "sampling", 0.0, "classifier-free guidance w in eps_c + w (eps_c - eps_null)")
+        "sampling", 1.5, "classifier-free guidance w in eps_c + w (eps_c - eps_null), as in the "
+        "authors' evaluation; 0 is off")
     general_only: bool = option("sampling", False, "sample theta_g, without BA (Tab. 7)")
     sample_batch: int = option("sampling", 250, "images at a time")
 
@@ -1768,7 +1722,7 @@ class Config:
         if config.ir is None:
             config.ir = 1.0 if config.dataset == "folder" else 100.0
         if config.flip is None:
-            config.flip = config.dataset != "fashion"
+            config.flip = config.dataset not in ("fashion16", "fashion")
         if config.warmup is None:  # the paper's 5,000 of 300,000, scaled to the planned length
             config.warmup = max(1, config.steps // 60)
         config.out = config.out or f"runs/{config.dataset}"
@@ -1780,10 +1734,11 @@ class Config:
         for name in ("steps", "image_size", "channels", "blocks", "batch_size", "log_every",
                      "checkpoint_every", "num_images", "sample_batch", "ir"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lam", "resample", "warmup", "seed", "lr"):
+        for name in ("lam", "w_con", "w_div", "resample", "warmup", "seed", "lr"):
             check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
-        for name in ("dropout", "label_drop", "ema"):
+        for name in ("dropout", "ema"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        check(0 <= self.label_drop <= 1, "label_drop", self.label_drop, "in [0, 1]")
         check(self.seed < 2**63, "seed", self.seed, "below 2^63")
         check(self.n_max is None or self.n_max >= 1, "n_max", self.n_max, "at least 1")
         check(0 <= self.subset_seed < 2**32, "subset_seed", self.subset_seed, "in [0, 2^32)")
@@ -1796,8 +1751,6 @@ class Config:
               "divisible by 32, GroupNorm's groups, from 128 on")
         check(self.resample <= 10, "resample", self.resample, "at most 10")
         check(min(self.multipliers) >= 1, "multipliers", self.multipliers, "at least 1 a level")
-        check(self.dataset in ("shapes", "folder") or 32 % self.image_size == 0, "image_size",
-              self.image_size, f"a divisor of 32 for {self.dataset}")
         stride = 2 ** (len(self.multipliers) - 1)
         check(self.image_size % stride == 0, "image_size", self.image_size,
               f"divisible by the network's stride, {stride}")
