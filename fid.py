@@ -6,8 +6,7 @@
     python fid.py FOLDER --reference FOLDER           # any images; class folders give labels
 
 SAMPLES is an .npz as `cm.py --sample` writes it (arr_0 uint8 [N, H, W, C], arr_1 labels, counts) or
-a folder. The metrics are functions of features on any device, and know no images:
-fid.frechet_distance(features_real, fid.inception()(images_uint8)[0]).
+a folder. The metrics are functions of features on any device: frechet_distance(real, generated).
 """
 
 import argparse
@@ -23,7 +22,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import cm
@@ -83,22 +81,9 @@ def features_with(mean, covariance):
     return torch.cat([mean + root.T, mean - root.T])
 
 
-def full_rank_trace(cov_a, cov_b):
-    """tr (S_a S_b)^(1/2) of covariances [D, D], NumPy arrays, or None where they are too near to
-    losing rank. The eigenvalues of S_a S_b are those of the symmetric L^T S_a L with S_b = L L^T;
-    all are off by some 1e-16 tr S_a tr S_b, so a root near 0 is lost."""
-    try:
-        squares = scipy.linalg.eigvalsh(cov_a.T, cov_b.T, type=2, driver="gv", check_finite=False)
-    except np.linalg.LinAlgError:  # S_b has no such L
-        return None
-    near = squares[0] < 1e-13 * np.trace(cov_a) * np.trace(cov_b)
-    return None if near else np.sqrt(squares).sum()
-
-
 def kernel_distance(a, b, subsets=100, subset_size=1000, seed=0):
     """KID (Binkowski et al. 2018): unbiased MMD^2 with the kernel (x.y / D + 1)^3, (mean, std) over
-    random subsets of the feature sets [N, D]; std is None where a set is no larger than a subset,
-    since nothing is drawn of it. Raises ValueError."""
+    random subsets of sets [N, D]; no std (None) of one that isn't larger. Raises ValueError."""
     a, b = (s.float() for s in matrices(a, b))
     m = min(subset_size, len(a), len(b))
     kernel = lambda x, y: product(x, y).div_(x.shape[1]).add_(1).pow_(3)
@@ -147,12 +132,12 @@ def inception_score(logits, splits=10, seed=0):
 
 
 # --------------------------------------------------------------------------------------------------
-# Inception: torchvision's modules, and the few differences of FID's network
+# Networks: FID's Inception in torchvision's modules, and a classifier, where ImageNet's features
+# mean little or can't be had
 
 
 def resize_matrix(size, out=299):
-    """[out, size] rows that interpolate as TensorFlow 1 did: source = i * size / out, without
-    half-pixel centres."""
+    """[out, size] rows that interpolate as TensorFlow 1 did, without half-pixel centres."""
     source = torch.arange(out, dtype=torch.float32) * (size / out)
     offset = source.clamp(max=size - 1)[:, None] - torch.arange(size)
     return (1 - offset.abs()).clamp(min=0)
@@ -167,8 +152,7 @@ def patch_pool(block, pool, **options):
 
 
 class Inception(nn.Module):
-    """uint8 images [N, 1 or 3, H, W] -> (features [N, 2048], logits [N, 1008] without bias), with
-    a state dict's weights; pooling branches are patched and batch norms folded."""
+    """uint8 images [N, 1 or 3, H, W] -> (features [N, 2048], logits [N, 1008] without bias)."""
 
     def __init__(self, state):
         super().__init__()
@@ -177,14 +161,13 @@ class Inception(nn.Module):
         # files from an older PyTorch lack num_batches_tracked, as a plain dict may
         self.net.load_state_dict({k: v for k, v in state.items() if "num_batches" not in k})
         self.net.eval().requires_grad_(False)
-        for name, block in self.net.named_children():
-            if name == "Mixed_7c":
-                patch_pool(block, F.max_pool2d)
-            elif hasattr(block, "branch_pool"):
+        for block in self.net.children():
+            if hasattr(block, "branch_pool") and block is not self.net.Mixed_7c:
                 patch_pool(block, F.avg_pool2d, count_include_pad=False)
-        for m in list(self.net.modules()):
+        patch_pool(self.net.Mixed_7c, F.max_pool2d)
+        for m in list(self.net.modules()):  # folded, a batch norm costs nothing
             if isinstance(m, torchvision.models.inception.BasicConv2d):
-                m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
+                m.conv, m.bn = nn.utils.fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
 
     def forward(self, images):
         if images.dtype != torch.uint8:
@@ -193,9 +176,7 @@ class Inception(nn.Module):
         height, width = (resize_matrix(s).to(x.device) for s in x.shape[2:])
         x = (height @ x @ width.T - 128) / 128  # [N, 3, 299, 299]
         x = x.contiguous(memory_format=torch.channels_last)
-        for name, module in self.net.named_children():
-            if name == "avgpool":
-                break
+        for module in list(self.net.children())[:-3]:  # but for avgpool, dropout and fc
             x = module(x)
         features = x.mean((2, 3))
         return features, features @ self.net.fc.weight.T
@@ -211,10 +192,6 @@ def inception(weights=None):
     except Exception as e:  # urllib, hashlib, pickle and PyTorch each have errors of their own
         raise ValueError(f"{weights or URL} can't be had as FID's Inception-v3 ({type(e).__name__})"
                          f": name {WEIGHTS} by --weights, or type --features classifier") from None
-
-
-# --------------------------------------------------------------------------------------------------
-# A classifier, where ImageNet's features mean little or can't be had
 
 
 class Classifier(nn.Module):
@@ -292,6 +269,7 @@ def read_npz(path):
             ("arr_0", lambda x: x.shape[3:] in ((1,), (3,)), f"{image} x.transpose(0, 2, 3, 1)?"),
             ("arr_0", lambda x: x.dtype == np.uint8, f"{image} np.rint(255 * x), if in [0, 1]"),
             ("arr_1", whole, "[N] classes from 0 on: one-hot labels need .argmax(1)"),
+            ("arr_1", lambda y: len(y) == len(arrays.get("arr_0", y)), "one label an image"),
             ("counts", whole, "[C] numbers of training images"),
             ("mu", lambda x: x.shape == (2048,), "[2048], the mean of Inception's features"),
             ("sigma", lambda x: x.shape == (2048, 2048), "[2048, 2048], their covariance")):
@@ -304,24 +282,19 @@ def read_npz(path):
 def read(path, reference=False):
     """An .npz's arrays, or a folder's images as arr_0, uint8 [N, C, H, W]; class folders of a
     reference give arr_1 [N] and names, and it may hold statistics alone. Raises ValueError."""
-    path, names = Path(path), [""]
+    path, tree, names = Path(path), Path(path), [""]
     if path.is_dir():
-        tree = path
         with contextlib.suppress(ValueError):  # a folder of anything
-            if reference:
-                tree, names = cm.class_folders(path)
+            tree, names = cm.class_folders(path) if reference else (path, [""])
         files, labels = cm.list_images(tree, names)
         arrays = {"arr_0": cm.read_images(files)} if files else {}
-        if len(names) > 1:
-            arrays |= {"arr_1": labels, "names": names}
+        arrays |= {"arr_1": labels, "names": names} if len(names) > 1 else {}
     else:
         arrays = read_npz(path)
     n, statistics = len(arrays.get("arr_0", ())), {"mu", "sigma"} <= set(arrays)
     if n < 2 and not (n == 0 and reference and statistics):
-        raise ValueError(f"{path} holds {'statistics and ' * statistics}{n} images, as arr_0 in an "
-                         ".npz; two or more are needed")
-    if n and len(arrays.get("arr_1", range(n))) != n:
-        raise ValueError(f"{path} holds {n} images and {len(arrays['arr_1'])} labels")
+        found = f"{'statistics and ' * statistics}{n} images"
+        raise ValueError(f"{path} holds {found}, as arr_0 in an .npz; two or more are needed")
     if n:
         arrays["arr_0"] = chw(arrays["arr_0"])
     if "arr_1" in arrays:
@@ -335,16 +308,16 @@ def read_images(path):
 
 
 def cached(directory, kind, key, make):
-    """What `make` once gave for this key, on the CPU. The key hashes all that the result depends
-    on, tensors in pieces. What can't be read is made anew; what can't be written is only said."""
+    """What `make` once gave for this key, all that the result depends on; on the CPU. What can't be
+    read is made anew, what can't be written is only said."""
     digest = hashlib.sha256()
     for part in key:
-        if torch.is_tensor(part):
+        if torch.is_tensor(part):  # in pieces: a copy of all would take as much memory again
             digest.update(repr((part.dtype, part.shape)).encode())
             for piece in part.split(1000):
                 digest.update(piece.contiguous().numpy().reshape(-1))
         else:
-            digest.update(part if isinstance(part, bytes) else repr(part).encode())
+            digest.update(repr(part).encode())
     path = Path(directory) / f"{kind}-{digest.hexdigest()[:16]}.pt"
     with contextlib.suppress(Exception):  # there is none, or it is damaged, or another program's
         kept = torch.load(path, map_location="cpu", weights_only=True)
@@ -355,8 +328,7 @@ def cached(directory, kind, key, make):
         path.parent.mkdir(parents=True, exist_ok=True)
         cm.write_atomically(path, lambda p: torch.save(kept, p))
     except (OSError, RuntimeError) as e:  # the latter is PyTorch's
-        print(f"{path} can't be written ({str(e).splitlines()[0]}) and will be made again; --cache "
-              "names another directory", file=sys.stderr)
+        print(f"{path} can't be kept ({e}); --cache names another directory", file=sys.stderr)
     return kept["result"]
 
 
@@ -367,10 +339,9 @@ def cached(directory, kind, key, make):
 def real_set(dataset, data, reference, size, train=True):
     """The real images as `read` gives them, the classes' names, `what` it is. Raises ValueError."""
     if reference is not None:
-        real = read(reference, reference=True) | {"what": str(reference)}
-        if "arr_1" in real:
-            real.setdefault("names", range(int(real["arr_1"].max()) + 1))
-        return real
+        real = {"what": reference} | read(reference, reference=True)
+        classes = range(int(real["arr_1"].max()) + 1) if "arr_1" in real else []
+        return {"names": classes} | real
     try:
         images, labels, names = cm.load_dataset(dataset, data, size, train)
     except ValueError as e:
@@ -385,25 +356,22 @@ def match(new, real):
         channels = max(x["arr_0"].shape[1] for x in (new, real))
         for x in (new, real):
             x["arr_0"] = x["arr_0"].expand(-1, channels, -1, -1)
-        ours, theirs = (list(x["arr_0"].shape[2:]) for x in (new, real))
-        if ours != theirs:
-            raise ValueError(f"sizes differ: samples are {ours}, real images {theirs}")
+        sizes = [list(x["arr_0"].shape[2:]) for x in (new, real)]
+        if sizes[0] != sizes[1]:
+            raise ValueError("sizes differ: samples are {}, real images {}".format(*sizes))
     if "arr_1" in new and "arr_1" in real:
-        names, most = list(enumerate(real["names"])), int(new["arr_1"].max())
+        most, names = int(new["arr_1"].max()), list(enumerate(real["names"]))
         counts = len(new.get("counts", names))
         if most >= len(names) or counts != len(names):
             raise ValueError(f"samples have labels to {most} and {counts} counts, real images the "
                              f"classes {names[0]} to {names[-1]}")
 
 
-def score(real, generated, kind, logits=None, labels=None, statistics=None):
-    """{metric: value} of one set of features against another; `logits` and `labels` are the
-    generated images'. FID is against `statistics`, features of their own; real may be None then."""
+def score(real, generated, kind, logits=None, labels=None):
+    """{metric: value} of sets of features; `logits` and `labels` are the generated images'."""
     frechet, kernel = ("FID", "KID") if kind == "inception" else ("FD", "KD")
-    distance = frechet_distance(real if statistics is None else statistics, generated)
-    if real is None:
-        return {"images": len(generated), frechet: distance}
-    result = {"images": len(generated), "real": len(real), frechet: distance}
+    result = {"images": len(generated), "real": len(real)}
+    result[frechet] = frechet_distance(real, generated)
     result[kernel], spread = kernel_distance(real, generated)
     if spread is not None:
         result[kernel + " std"] = spread
@@ -417,32 +385,28 @@ def score(real, generated, kind, logits=None, labels=None, statistics=None):
 
 
 def prepare(kind, real, held, weights, device, cache):
-    """The network, the real images' features, and the classifier's accuracy on `held` (images,
-    labels); None where there are none. Raises ValueError."""
-    images, labels, classes = real.get("arr_0"), real.get("arr_1"), len(real.get("names", ()))
-
-    def make():
-        trained, accuracy = net, None
-        if kind == "classifier":
-            trained, accuracy = train_classifier(images, labels, *held, classes, device)
-        rows = extract(trained, images, "real images")[0].cpu()
-        state = {} if trained is net else trained.cpu().state_dict()
-        return {"weights": state, "features": rows, "accuracy": accuracy}
-
+    """The network, the real images' features, the classifier's accuracy. Raises ValueError."""
+    images, labels, classes = real.get("arr_0"), real.get("arr_1"), len(real["names"])
     if kind == "inception":
         net = inception(weights).to(device)
-        if images is None:
-            return net, None, None
         key = images, float(sum(p.double().abs().sum() for p in net.parameters()))
-        kept = cached(cache, kind, key, make)
-    elif images is None or labels is None:
+        make = lambda: extract(net, images, "real images")[0].cpu()
+        rows = None if images is None else cached(cache, kind, key, make).to(device)
+        return net, rows, None
+    if images is None or labels is None:
         raise ValueError("--features classifier needs real images with labels")
-    else:
-        net = Classifier(images.shape[1], classes).eval().requires_grad_(False).to(device)
-        # the number: to be raised when the classifier or its training changes
-        kept = cached(cache, kind, (images, labels, *held, 2), make)
-        net.load_state_dict(kept["weights"])
-    return net, kept["features"].to(device), kept["accuracy"]
+    test = held["arr_0"].expand(-1, images.shape[1], -1, -1), held["arr_1"]
+
+    def make():
+        net, accuracy = train_classifier(images, labels, *test, classes, device)
+        rows = extract(net, images, "real images")[0].cpu()
+        return net.cpu().state_dict(), rows, accuracy
+
+    # the number: to be raised when the classifier or its training changes
+    state, rows, accuracy = cached(cache, kind, (images, labels, *test, 2), make)
+    net = Classifier(images.shape[1], classes).eval().requires_grad_(False)
+    net.load_state_dict(state)
+    return net.to(device), rows.to(device), accuracy
 
 
 def evaluate(samples, dataset=None, data=None, reference=None, features="inception", weights=None,
@@ -450,35 +414,38 @@ def evaluate(samples, dataset=None, data=None, reference=None, features="incepti
     """All scores of `samples` (a path), {"settings": ..., "overall": ..., "Many": ..., ...}. The
     cache keeps the real images' features and the classifier. Raises ValueError."""
     device, new = cm.pick_device(device), read(samples)
-    real = real_set(dataset, data, reference, new["arr_0"].shape[2])
+    size = new["arr_0"].shape[2]
+    real = held = real_set(dataset, data, reference, size)
     match(new, real)
-    images, real_labels, labels = real.get("arr_0"), real.get("arr_1"), new.get("arr_1")
-    held, which, notes, statistics = (images, real_labels), "its own training images", [], None
     if dataset is not None and features == "classifier":
-        test = real_set(dataset, data, None, images.shape[2], train=False)
-        if len(test["arr_0"]):
-            match(test, real)
-            held, which = (test["arr_0"], test["arr_1"]), "held-out images"
-    net, real_features, accuracy = prepare(features, real, held, weights, device, cache)
-    settings = {"features": features, "against": real["what"], "notes": notes}
-    settings["against"] += ", no images" if images is None else f", {len(images):,} images"
+        held = real_set(dataset, data, None, size, train=False)
+        held = held if len(held["arr_0"]) else real
+    net, real_rows, accuracy = prepare(features, real, held, weights, device, cache)
+    count = f"{len(real['arr_0']):,}" if "arr_0" in real else "no"
+    settings = {"features": features, "against": f"{real['what']}, {count} images"}
     for name in ("sampler", "sample_steps", "guidance"):
         settings[name] = new[name].item() if name in new else None
+    notes = settings["notes"] = []
     if accuracy is not None:
+        which = "its own training images" if held is real else "held-out images"
         notes.append(f"the classifier recognises {100 * accuracy:.1f} % of {which}")
+    rows, logits = extract(net, new["arr_0"], "generated images")
+    labels, real_labels = new.get("arr_1"), real.get("arr_1")
+    overall = {"images": len(rows)}
+    if real_rows is not None:
+        overall = score(real_rows, rows, features, logits, labels)
     if features == "inception" and "mu" in real:
         statistics = features_with(real["mu"], real["sigma"]).to(device)
-        rest = "and there are no images for more" if images is None else "the rest against images"
-        notes.append(f"FID overall is against the reference's mu and sigma, {rest}")
-    rows, logits = extract(net, new["arr_0"], "generated images")
-    overall = score(real_features, rows, features, logits, labels, statistics)
+        overall["FID"] = frechet_distance(statistics, rows)
+        notes.append("FID overall is against the reference's mu and sigma, what else there is "
+                     "against its images")
     result = {"settings": settings, "overall": overall}
     if labels is None or real_labels is None or "counts" not in new:
         return result
     for name, classes in cm.splits(new["counts"]).items():
         r, g = (torch.isin(y, torch.as_tensor(classes)) for y in (real_labels, labels))
         if min(r.sum(), g.sum()) >= 2:
-            result[name] = score(real_features[r], rows[g], features, logits[g], labels[g])
+            result[name] = score(real_rows[r], rows[g], features, logits[g], labels[g])
         else:
             which = ", ".join(f"{k} {real['names'][k]}" for k in classes)
             notes.append(f"{name} is left out, with {r.sum()} real images and {g.sum()} generated "
@@ -489,25 +456,22 @@ def evaluate(samples, dataset=None, data=None, reference=None, features="incepti
 def show(result):
     """One table, a row a split; * where there are fewer images than in the paper's protocol."""
     settings, rows = result["settings"], {k: v for k, v in result.items() if k != "settings"}
-    steps, guidance = settings["sample_steps"], settings["guidance"]
-    how = f"{settings['sampler']}, {steps} steps, " if steps else ""
-    print(f"{how}guidance {'unknown' if guidance is None else guidance}; {settings['features']} "
-          f"features, against {settings['against']}")
-    table = [["", *(c for c in rows["overall"] if not c.endswith(" std"))]]
+    how = "{sampler}, {sample_steps} steps, ".format(**settings) if settings["sampler"] else ""
+    guidance = "unknown" if settings["guidance"] is None else settings["guidance"]
+    print(f"{how}guidance {guidance}; {settings['features']} features, "
+          f"against {settings['against']}")
+    columns = [c for c in rows["overall"] if not c.endswith(" std")]
+    table = [["", *columns]]
     for name, row in rows.items():
-        table.append([name])
-        for c in table[0][1:]:
-            cell = str(row[c]) if c in ("images", "real") else f"{row[c]:.5g}"
-            if c == "images" and row[c] < (50_000 if name == "overall" else 20_000):
-                cell += "*"
-            spread = row.get(f"{c} std")
-            table[-1].append(cell if spread is None else f"{cell} ± {spread:.2g}")
+        cells = {c: str(v) if isinstance(v, int) else f"{v:.5g}" for c, v in row.items()}
+        cells["images"] += "*" * (row["images"] < (50_000 if name == "overall" else 20_000))
+        spreads = {c: f" ± {row[c + ' std']:.2g}" for c in columns if c + " std" in row}
+        table.append([name, *(cells[c] + spreads.get(c, "") for c in columns)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         print("  ".join(map(str.rjust, cells, widths)))
     if any("*" in cells[1] for cells in table):
-        print("* fewer than the paper's 50,000 (overall) or 20,000 (a split, from a file of its "
-              "own): the distance is biased upwards")
+        print("* fewer than the paper's 50,000, or a split's 20,000: distances are biased upwards")
     if any(c in row and f"{c} std" not in row for row in rows.values() for c in ("KID", "KD")):
         print("no ±: one of the sets has at most 1,000 images, and every subset is all of them")
     for note in settings["notes"]:
