@@ -90,9 +90,8 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=0):
     rng, values = np.random.RandomState(seed), []
     for _ in range(subsets):
         x, y = (s[rng.choice(len(s), m, replace=False)] for s in (a, b))
-        within = [kernel(z, z).fill_diagonal_(0).sum(dtype=torch.float64) for z in (x, y)]
-        between = kernel(x, y).mean(dtype=torch.float64)
-        values.append(float(sum(within) / (m * (m - 1)) - 2 * between))
+        within = sum(kernel(z, z).fill_diagonal_(0).sum(dtype=torch.float64) for z in (x, y))
+        values.append(float(within / (m * (m - 1)) - 2 * kernel(x, y).mean(dtype=torch.float64)))
     return float(np.mean(values)), float(np.std(values)) if min(len(a), len(b)) > m else None
 
 
@@ -103,9 +102,9 @@ def precision_recall(real, generated, k=3, block=2000):
     real, generated = (s.float() for s in matrices(real, generated, least=k + 1))
     real, generated = (s - real.mean(0) for s in (real, generated))  # distances lose less around 0
     radii = []
-    for s in (real, generated):  # the nearest of all is the row itself
+    for s in (real, generated):
         nearest = [torch.cdist(x, s).topk(k + 1, largest=False).values for x in s.split(block)]
-        radii.append(torch.cat(nearest)[:, k])
+        radii.append(torch.cat(nearest)[:, k])  # the nearest of all is the row itself
     inside_real = []
     inside_generated = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for rows, radius in zip(generated.split(block), radii[1].split(block), strict=True):
@@ -132,8 +131,7 @@ def inception_score(logits, splits=10, seed=0):
 
 
 # --------------------------------------------------------------------------------------------------
-# Networks: FID's Inception in torchvision's modules, and a classifier, where ImageNet's features
-# mean little or can't be had
+# Networks: FID's Inception in torchvision's modules; a classifier, where ImageNet means little
 
 
 def resize_matrix(size, out=299):
@@ -183,8 +181,7 @@ class Inception(nn.Module):
 
 
 def inception(weights=None):
-    """FID's Inception-v3 (2015-12-05), weights from a file, or None: fetched once, their hash
-    checked. Raises ValueError."""
+    """FID's Inception-v3 (2015-12-05), its weights from a file or fetched. Raises ValueError."""
     try:
         fetch = torch.hub.load_state_dict_from_url
         return Inception(fetch(URL, map_location="cpu", check_hash=True) if weights is None else
@@ -273,8 +270,7 @@ def read_npz(path):
             ("counts", whole, "[C] numbers of training images"),
             ("mu", lambda x: x.shape == (2048,), "[2048], the mean of Inception's features"),
             ("sigma", lambda x: x.shape == (2048, 2048), "[2048, 2048], their covariance")):
-        x = arrays.get(name)
-        if x is not None and not fits(x):
+        if name in arrays and not fits(x := arrays[name]):
             raise ValueError(f"{path}: {name} is {x.dtype} {list(x.shape)}; it must be {must}")
     return arrays
 
@@ -291,10 +287,9 @@ def read(path, reference=False):
         arrays |= {"arr_1": labels, "names": names} if len(names) > 1 else {}
     else:
         arrays = read_npz(path)
-    n, statistics = len(arrays.get("arr_0", ())), {"mu", "sigma"} <= set(arrays)
-    if n < 2 and not (n == 0 and reference and statistics):
-        found = f"{'statistics and ' * statistics}{n} images"
-        raise ValueError(f"{path} holds {found}, as arr_0 in an .npz; two or more are needed")
+    n = len(arrays.get("arr_0", ()))
+    if n < 2 and not (n == 0 and reference and {"mu", "sigma"} <= set(arrays)):
+        raise ValueError(f"{path} holds {n} images, as arr_0 in an .npz; two or more are needed")
     if n:
         arrays["arr_0"] = chw(arrays["arr_0"])
     if "arr_1" in arrays:
@@ -339,9 +334,9 @@ def cached(directory, kind, key, make):
 def real_set(dataset, data, reference, size, train=True):
     """The real images as `read` gives them, the classes' names, `what` it is. Raises ValueError."""
     if reference is not None:
-        real = {"what": reference} | read(reference, reference=True)
-        classes = range(int(real["arr_1"].max()) + 1) if "arr_1" in real else []
-        return {"names": classes} | real
+        real = read(reference, reference=True)
+        classes = int(real["arr_1"].max()) + 1 if "arr_1" in real else 0
+        return {"what": reference, "names": [""] * classes} | real
     try:
         images, labels, names = cm.load_dataset(dataset, data, size, train)
     except ValueError as e:
@@ -360,11 +355,11 @@ def match(new, real):
         if sizes[0] != sizes[1]:
             raise ValueError("sizes differ: samples are {}, real images {}".format(*sizes))
     if "arr_1" in new and "arr_1" in real:
-        most, names = int(new["arr_1"].max()), list(enumerate(real["names"]))
+        most, names = int(new["arr_1"].max()), real["names"]
         counts = len(new.get("counts", names))
         if most >= len(names) or counts != len(names):
             raise ValueError(f"samples have labels to {most} and {counts} counts, real images the "
-                             f"classes {names[0]} to {names[-1]}")
+                             f"classes 0 {names[0]} to {len(names) - 1} {names[-1]}")
 
 
 def score(real, generated, kind, logits=None, labels=None):
@@ -373,8 +368,7 @@ def score(real, generated, kind, logits=None, labels=None):
     result = {"images": len(generated), "real": len(real)}
     result[frechet] = frechet_distance(real, generated)
     result[kernel], spread = kernel_distance(real, generated)
-    if spread is not None:
-        result[kernel + " std"] = spread
+    result |= {} if spread is None else {kernel + " std": spread}
     k = min(3, len(real) - 1, len(generated) - 1)
     result["precision"], result["recall"] = precision_recall(real, generated, k)
     if kind == "inception":
@@ -414,31 +408,28 @@ def evaluate(samples, dataset=None, data=None, reference=None, features="incepti
     """All scores of `samples` (a path), {"settings": ..., "overall": ..., "Many": ..., ...}. The
     cache keeps the real images' features and the classifier. Raises ValueError."""
     device, new = cm.pick_device(device), read(samples)
-    size = new["arr_0"].shape[2]
-    real = held = real_set(dataset, data, reference, size)
+    real = held = real_set(dataset, data, reference, new["arr_0"].shape[2])
     match(new, real)
     if dataset is not None and features == "classifier":
-        held = real_set(dataset, data, None, size, train=False)
+        held = real_set(dataset, data, None, new["arr_0"].shape[2], train=False)
         held = held if len(held["arr_0"]) else real
     net, real_rows, accuracy = prepare(features, real, held, weights, device, cache)
     count = f"{len(real['arr_0']):,}" if "arr_0" in real else "no"
-    settings = {"features": features, "against": f"{real['what']}, {count} images"}
+    settings = {"features": features, "against": f"{real['what']}, {count} images", "notes": []}
     for name in ("sampler", "sample_steps", "guidance"):
         settings[name] = new[name].item() if name in new else None
-    notes = settings["notes"] = []
     if accuracy is not None:
         which = "its own training images" if held is real else "held-out images"
-        notes.append(f"the classifier recognises {100 * accuracy:.1f} % of {which}")
+        settings["notes"].append(f"the classifier recognises {100 * accuracy:.1f} % of {which}")
     rows, logits = extract(net, new["arr_0"], "generated images")
     labels, real_labels = new.get("arr_1"), real.get("arr_1")
-    overall = {"images": len(rows)}
-    if real_rows is not None:
-        overall = score(real_rows, rows, features, logits, labels)
+    overall = ({"images": len(rows)} if real_rows is None else
+               score(real_rows, rows, features, logits, labels))
     if features == "inception" and "mu" in real:
         statistics = features_with(real["mu"], real["sigma"]).to(device)
         overall["FID"] = frechet_distance(statistics, rows)
-        notes.append("FID overall is against the reference's mu and sigma, what else there is "
-                     "against its images")
+        settings["notes"].append("FID overall is against the reference's mu and sigma" + (
+            "; without its images other columns are left out" if real_rows is None else ""))
     result = {"settings": settings, "overall": overall}
     if labels is None or real_labels is None or "counts" not in new:
         return result
@@ -447,9 +438,9 @@ def evaluate(samples, dataset=None, data=None, reference=None, features="incepti
         if min(r.sum(), g.sum()) >= 2:
             result[name] = score(real_rows[r], rows[g], features, logits[g], labels[g])
         else:
-            which = ", ".join(f"{k} {real['names'][k]}" for k in classes)
-            notes.append(f"{name} is left out, with {r.sum()} real images and {g.sum()} generated "
-                         f"ones of the classes {which}")
+            which = ", ".join(f"{k} {real['names'][k]}".strip() for k in classes)
+            settings["notes"].append(f"{name} is left out, with {r.sum()} real images and "
+                                     f"{g.sum()} generated ones of the classes {which}")
     return result
 
 
@@ -457,9 +448,8 @@ def show(result):
     """One table, a row a split; * where there are fewer images than in the paper's protocol."""
     settings, rows = result["settings"], {k: v for k, v in result.items() if k != "settings"}
     how = "{sampler}, {sample_steps} steps, ".format(**settings) if settings["sampler"] else ""
-    guidance = "unknown" if settings["guidance"] is None else settings["guidance"]
-    print(f"{how}guidance {guidance}; {settings['features']} features, "
-          f"against {settings['against']}")
+    w = "unknown" if settings["guidance"] is None else settings["guidance"]
+    print(f"{how}guidance {w}; {settings['features']} features against {settings['against']}")
     columns = [c for c in rows["overall"] if not c.endswith(" std")]
     table = [["", *columns]]
     for name, row in rows.items():
@@ -502,10 +492,8 @@ def main(argv=None):
         if out is not None:
             cm.write_atomically(out, lambda p: p.write_text(json.dumps(result, indent=1)))
         return 0
-    except (ValueError, OSError) as e:
-        cm.fail(e)
-    except KeyboardInterrupt:
-        cm.fail("interrupted; type it again, what was finished is in the cache")
+    except (ValueError, OSError, KeyboardInterrupt) as e:
+        cm.fail(str(e) or "interrupted; type it again, what was finished is in the cache")
 
 
 if __name__ == "__main__":

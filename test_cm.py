@@ -2740,7 +2740,7 @@ def test_fid_end_to_end_with_the_classifier(sampled, capsys):
     good, text = run("good")
     head, columns, *lines = text.out.splitlines()
     assert head == (
-        "ddim, 50 steps, guidance 1.5; classifier features, against cifar10, balanced training "
+        "ddim, 50 steps, guidance 1.5; classifier features against cifar10, balanced training "
         "set, 600 images"
     )
     assert columns.split() == ["images", "real", "FD", "KD", "precision", "recall", "accuracy"]
@@ -2984,9 +2984,9 @@ BAD_FID = {
     "negative": (dict(arr_1=lambda y: y - 1), "arr_1 is int64 [200]; it must be [N] classes"),
     "labels": (dict(arr_1=lambda y: y[:9]), "arr_1 is int64 [9]; it must be one label an image"),
     "counts": (dict(counts=lambda n: n[:, None]), "counts is int64 [10, 1]"),
-    "foreign": (dict(arr_1=lambda y: y + 1), "labels to 10.*(0, 'class a') to (9, 'class j"),
+    "foreign": (dict(arr_1=lambda y: y + 1), "labels to 10.*0 class a to 9 class j"),
     "9 counts": (dict(counts=lambda n: n[:9]), "labels to 9 and 9 counts"),
-    "statistics": ("s.npz", "statistics and 0 images"),
+    "statistics": ("s.npz", "s.npz holds 0 images, as arr_0"),
     "64 features": ("good.npz --reference 64.npz", "mu is float64 [64]; it must be [2048]"),
     "size of data": (dict(arr_0=lambda x: x[:, :6, :6]), "the samples' size is 6"),
     "size": ("good.npz --reference big.npz", "samples are [8, 8], real images [16, 16]"),
