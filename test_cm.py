@@ -2097,7 +2097,10 @@ BAD = {  # name: (arguments, what the line must say); {d} is what `bad` makes
         "packed/*.gz data/FashionMNIST/raw && gunzip data/FashionMNIST/raw/*.gz",
     ),
     "no fashion, no network": ("--dataset fashion", "FashionMNIST is neither whole in data nor"),
-    "no cifar, no network": ("--dataset cifar10", "CIFAR10 is neither whole in data nor"),
+    "no cifar, no network": (
+        "--dataset cifar10",
+        "CIFAR10 is neither whole in data nor could it be fetched (<urlopen error",
+    ),
     "IR below 1": ("--ir 0.5", "--ir is 0.5"),
     "IR not a number": ("--ir nan", "--ir is nan"),
     "IR that empties a class": ("--ir 5000", "smallest class empty"),

@@ -138,7 +138,7 @@ def test_samples_are_drawn_a_row_a_class(tmp_path, monkeypatch):
     assert panels["CM"][:, 0, 0, 0].tolist() == [100] * 4 + [50] * 4 and path.parent.is_dir()
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.csv")), ids=lambda path: path.name)
 def test_committed_rows_are_rewritten_to_the_byte(path, tmp_path):
     from experiments import common
     common.write_rows(tmp_path / "rows.csv", common.read_rows(path))
@@ -1050,7 +1050,7 @@ def test_study_second_distances_against_scipy(tmp_path, monkeypatch):
 
 def test_first_study_is_labelled_and_one_cell_is_written_anew(tmp_path, capsys):
     from experiments import study
-    path = RESULTS / "first_study.csv"
+    path = RESULTS / "f7283d9" / "first_study.csv"
     assert study.main(["--rows", str(path), "--assets", str(tmp_path), "--table"]) == 0
     out = capsys.readouterr().out
     assert "over initialisations only" in out and "2134833" in out
