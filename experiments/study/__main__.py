@@ -1,0 +1,5 @@
+import sys
+
+from experiments.study.study import main
+
+sys.exit(main())

@@ -1,0 +1,205 @@
+"""Tests of the study: what is counted and measured, the statistics, a miniature end to end."""
+
+import functools
+import sys
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # whatever pytest's import mode
+import cm
+import fid
+from experiments import common
+from experiments.study import study
+
+torch.set_num_threads(1)  # results repeat with as many threads
+MINIATURE = ("--steps 20 --channels 4 --multipliers 1 2 --batch-size 4 --image-size 8 --n-max 40 "
+             "--ir 20 --checkpoint-every 5 --log-every 5").split()
+
+
+# ------------------------------------------------------------------------------------------------
+# What is compared
+
+
+def test_the_stages_are_those_of_the_issue():
+    """The first stage whole, seed by seed; every arm somewhere; claims between arms of a stage."""
+    stages = study.make_stages()
+    runs = study.missing_points([stages["question"]], pd.DataFrame())
+    five = ["DDPM", "CM", "agreement alone", "capacity alone", "DDPM, two passes"]
+    assert [(r.seed, r.arm) for r, _ in runs] == [(s, a) for s in range(20, 30) for a in five]
+    assert all(r.setting == "large" and points == [("θ", 0.0), ("θ", 1.5)] for r, points in runs)
+    assert {arm for stage in stages.values() for arm in stage.points} == set(study.ARMS)
+    claims = study.PRIMARY | study.SECONDARY
+    assert list(claims) == list(range(1, 11)) and len(study.PRIMARY) == 4
+    for claim in claims.values():
+        seeds = [{seed for stage in stages.values() if stage.setting == claim.setting
+                  and ("θ", claim.guidance) in stage.points.get(arm, []) for seed in stage.seeds}
+                 for arm in (claim.ours, claim.theirs)]
+        assert len(seeds[0] & seeds[1]) >= 5
+
+
+def test_settings_and_arms_differ_in_what_they_say():
+    for arm, (flags, losses, network) in study.ARMS.items():
+        for setting, passes in (("large", 390), ("small", 77)):
+            config = cm.parse(study.options_of(study.Run(setting, arm, 21), []))[0].resolved()
+            counts = cm.class_counts(config.n_max, config.ir, 10)
+            assert round(config.steps * config.batch_size / sum(counts)) == passes
+            assert config.seed == config.subset_seed == 21 and not config.flip
+            unet = network(config, 10, 1)
+            module = losses.from_config(unet, torch.tensor(counts), config)
+            reserved = bool(cm.reserved_layers(unet))
+            plain = config.no_cm or arm in ("agreement alone", "uniform w, no BA")
+            assert reserved != plain, arm
+            assert module.same_masks == arm.startswith(("capacity alone", "our earlier"))
+
+
+def test_two_passes_cost_what_cm_costs_in_both_networks():
+    for setting in study.SETTINGS:
+        plain, cms, twice, agreement = (study.flops(setting, arm) for arm in (
+            "DDPM", "CM", "DDPM, two passes", "agreement alone"))
+        assert twice == agreement == 2 * plain
+        config = cm.parse(study.options_of(study.Run(setting, "CM", 0), []))[0].resolved()
+        forming = 0  # BA once a step, a product forward and two backward, at 2 FLOPs
+        for layer in cm.reserved_layers(cm.make_unet(config, 10, 1)):
+            (d, r), (_, k) = layer.B.shape, layer.A.shape
+            forming += 3 * 2 * d * r * k
+        assert cms - twice == forming and 0 < forming < 0.05 * twice
+
+
+# ------------------------------------------------------------------------------------------------
+# What is counted and measured
+
+
+class Apart(cm.CapacityManipulation):
+    """d is what a test says."""
+
+    def forward(self, x0, y, t, eps, y_in):
+        return torch.zeros(()), eps, eps, x0
+
+
+@pytest.mark.parametrize("margin, fuse", [("0.1", 0.1), ("0.02", 0.02), ("inf", 0.1)])
+def test_the_fuses_share_on_hand_made_distances(margin, fuse):
+    config = cm.parse(["--steps", "20", "--batch-size", "4", "--div-margin", margin])[0].resolved()
+    unet = study.with_tally(lambda *args: torch.nn.Linear(1, 1))(config, 4, 1)
+    counted = type("Counted", (study.Counted, Apart), {})
+    module = counted.from_config(unet, torch.tensor([100, 30, 2, 1]), config)
+    assert (module.w < 0).tolist() == [False, False, True, True]
+    y = torch.tensor([0, 2, 3, 3])
+    for step in range(20):  # two steps a tenth
+        d = torch.tensor([9.0, 0.0, 0.99 * fuse, 1.01 * fuse if step >= 10 else 0.0])
+        module(d, y, y, y, y)
+    splits = {"Many": np.array([0]), "Medium": np.array([1, 2]), "Few": np.array([3])}
+    row = study.above_fuse(unet.tally, splits)
+    assert row.pop("above fuse") == 10 / 60
+    assert row == {"above fuse Many": " ".join(["nan"] * 10),
+                   "above fuse Medium": " ".join(["0"] * 10),
+                   "above fuse Few": " ".join(["0"] * 5 + ["0.5"] * 5)}
+    assert unet.tally[..., 0].sum() == 80 and "tally" in unet.state_dict()
+
+
+def test_counting_changes_no_training(tmp_path):
+    states, flags = [], study.options_of(study.Run("large", "CM", 3), MINIATURE)
+    for kind in ({}, study.made_of(study.Run("large", "CM", 3))):
+        out = tmp_path / str(len(states))
+        common.run(flags, out, **kind)
+        states.append(torch.load(out / "checkpoint.pt", weights_only=True))
+    tally = states[1]["model"].pop("tally")
+    assert tally[..., 0].sum() == 80 and tally[:, 5:, 1].sum() > 0
+    assert all(torch.equal(p, states[0]["model"][k]) for k, p in states[1]["model"].items())
+
+
+def test_memorised_by_hand():
+    training = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    training[1], training[2] = 100, 200
+    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
+    images[1], images[2], images[3] = 24, 26, 150  # 24 : 76 and 26 : 74 from the nearest two
+    assert study.memorised(images, training) == 2 / 4
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+class InThisProcess(Executor):
+    """A pool that calls at once."""
+
+    def __init__(self, jobs, context, max_tasks_per_child):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """study.main with two stages of a seed, in this process, with hasty classifiers."""
+    both = [study.Point("θ", 0.0), study.Point("θ", 1.5)]
+    stages = {"a": study.Stage("large", range(20, 21), {"DDPM": both[:1], "CM": both}),
+              "b": study.Stage("large", range(20, 21), {"CM": [study.Point("θ_g", 0.0)],
+                                                        "CM, dropout 0.3": both[:1]})}
+    monkeypatch.setattr(study, "make_stages", lambda: stages)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(study, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(fid, "train_classifier", functools.partial(fid.train_classifier, steps=10))
+    own = ["--rows", str(tmp_path / "rows.csv"), "--runs", str(tmp_path / "runs"),
+           "--num-images", "40", "--jobs", "2", *MINIATURE]
+    return lambda *more: study.main([*own, *more])
+
+
+def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
+    # killed where a signal can't be caught: the next call goes on from the checkpoint
+    writes = []
+    def killed(path, write, write_atomically=cm.write_atomically):
+        writes.append(path)
+        if len(writes) == 5:
+            raise KeyboardInterrupt
+        write_atomically(path, write)
+
+    with monkeypatch.context() as here, pytest.raises(KeyboardInterrupt):
+        here.setattr(cm, "write_atomically", killed)
+        study.measure(study.Run("large", "CM", 20), [study.Point("θ", 0.0)], MINIATURE,
+                      tmp_path / "runs", 40, "")
+    checkpoint = tmp_path / "runs" / "large-CM-20" / "run" / "checkpoint.pt"
+    assert 5 <= torch.load(checkpoint, weights_only=True)["step"] < 20
+    assert tiny("--stage", "a") == 0
+    rows = common.read_rows(tmp_path / "rows.csv")
+    assert rows[["arm", "network", "guidance"]].values.tolist() == [
+        ["DDPM", "θ", "0"], ["CM", "θ", "0"], ["CM", "θ", "1.5"]]
+    first = rows.to_csv()
+
+    # what has its row isn't run again; a later stage goes on with the runs that are there
+    for directory in (tmp_path / "runs").glob("large-*"):
+        (directory / "output.txt").unlink()
+    assert tiny() == 0
+    assert "3 rows are there, 2 to come of 2 runs" in capsys.readouterr().out
+    rows = common.read_rows(tmp_path / "rows.csv")
+    assert rows[rows["network"] == "θ"].iloc[:3].reset_index(drop=True).to_csv() == first
+    assert rows["arm"].tolist() == ["DDPM", "CM", "CM", "CM", "CM, dropout 0.3"]
+    assert {p.parent.name for p in (tmp_path / "runs").glob("*/output.txt")} == {
+        "large-CM-20", "large-CM-dropout-0-3-20"}
+    assert set(rows["status"]) == {"finished"} and set(rows["device"]) == {"CPU, 1 thread"}
+    whole = rows[rows["arm"] == "CM"].drop(columns=list(study.WORDS)).astype(float)
+    assert whole.notna().all(axis=None) and (whole["images"] == 40).all()
+    assert "--steps 20" in rows["options"][0] and "6000" not in rows["options"][0]
+
+    # each cell against the plain way: cm.py, fid.py, a killed run's twin
+    out = tmp_path / "whole"
+    flags = study.options_of(study.Run("large", "CM", 20), MINIATURE)
+    common.run(flags, out)
+    ours = tmp_path / "runs" / "large-CM-20"
+    one, other = (torch.load(p / "checkpoint.pt", weights_only=True)["ema"]
+                  for p in (out, ours / "run"))
+    assert all(torch.equal(p, other[k]) for k, p in one.items())
+    for name, more in (("θ-g0", ["--guidance", "0"]), ("θ-g1.5", []),
+                       ("θ_g-g0", ["--guidance", "0", "--general-only"])):
+        assert cm.main(["--sample", str(out / "checkpoint.pt"), "--num-images", "40", "--seed",
+                        "20", "--out", str(tmp_path / f"{name}.npz"), *more]) == 0
+        one, other = (np.load(p) for p in (tmp_path / f"{name}.npz", ours / f"samples-{name}.npz"))
+        assert all((one[k] == other[k]).all() for k in other)
