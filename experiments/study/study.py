@@ -1,23 +1,9 @@
-"""What the authors' CM does, where, and by which part of it: arms x seeds in two settings.
+"""The study's arms, settings, stages and claims, fixed before the runs; a run; all runs.
 
-    python -m experiments.study                      # every stage, what has no row yet
-    python -m experiments.study --stage question     # one stage (make_stages has them)
-    python -m experiments.study --table              # verdicts, tables and pictures of the rows
-
-Options that aren't its own go to every run of cm.py. A run has a process of its own, on a CPU of one
-thread, and a directory of its own in --runs. A killed run goes on from its last checkpoint; what
-has its row is never run again.
-
-A row is a run (setting, arm, seed), sampled with one network (theta, or theta_g without BA) and one
-guidance. FD, precision, recall and accuracy are of fid.py's classifier, against the whole balanced
-training set; FD2 is of a second classifier, trained with another seed. memorised Few: the share of
-generated Few images that lie much nearer to one training image than to any other; memorised real:
-the same share of held-out images. loss and d: held out, without dropout. above fuse: of the training
-samples with w < 0, the share whose d, with dropout, was above the fuse; of a split: in each tenth
-of the training.
+A run (setting, arm, seed) has a process of its own, on a CPU of one thread, and a directory of its
+own. It goes one way: `train`, `sample`, `score`, a row for each network and guidance.
 """
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -25,14 +11,12 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,10 +124,8 @@ SECONDARY = {5: Claim("CM", "DDPM", guidance=1.5), 6: Claim("CM", "DDPM, two pas
              9: Claim("CM", "DDPM", "small"), 10: Claim("CM with RS", "RS", "small")}
 
 KEY = ["setting", "arm", "seed", "network", "guidance"]
-SPLITS = ("overall", "Many", "Medium", "Few")
-SCORES = ("FD", "precision", "recall", "accuracy", "FD2")
 WORDS = ("setting", "arm", "network", "status", "device", "options", "commit",
-         *(f"above fuse {split}" for split in SPLITS[1:]))
+         "above fuse Many", "above fuse Medium", "above fuse Few")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,13 +184,11 @@ def measure(run, points, flags, runs, num_images, commit):
                                    options=recorded(run, flags, num_images), commit=commit)
         if status:
             return [row | point._asdict() for point in points]
-        marks = [time.monotonic()]
+        print(f"{time.monotonic() - start:.0f} s to train")
         files = {point: sample(run, point, directory, num_images) for point in points}
-        marks.append(time.monotonic())
-        rows = score(row, files, directory, runs / "references")
-        marks.append(time.monotonic())
-        print("seconds to train, sample, score:",
-              *(f"{b - a:.0f}" for a, b in zip([start, *marks], marks, strict=False)))
+        print(f"{time.monotonic() - start:.0f} s to train and sample")
+        rows = score(run, row, files, directory, runs / "references")
+        print(f"{time.monotonic() - start:.0f} s to train, sample and score")
         return rows
 
 
@@ -256,8 +236,8 @@ def train(run, flags, directory):
 
 def sample(run, point, directory, num_images):
     """Path of a trained run's samples; drawn where they are lacking. Arms of a seed start from the
-    same noise. Raises ValueError where samples of another number lie there."""
-    path = directory / f"samples-{point.network}-g{point.guidance:g}.npz"
+    same noise."""
+    path = directory / f"{num_images}-samples-{point.network}-g{point.guidance:g}.npz"
     if not path.is_file():
         argv = ["--sample", str(directory / "run" / "checkpoint.pt"), "--out", str(path),
                 "--num-images", str(num_images), "--seed", str(run.seed),
@@ -267,34 +247,31 @@ def sample(run, point, directory, num_images):
     return path
 
 
-def score(row, files, directory, cache):
+def score(run, row, files, directory, cache):
     """A row for each of the samples `files`, {Point: path}: `row` and all that is measured."""
-    run = Run(row["setting"], row["arm"], row["seed"])
     checkpoint = directory / "run" / "checkpoint.pt"
     config, ema, counts = cm.load_trained(checkpoint, **made_of(run))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data, ema = cm.Data(config, device), ema.to(device)
-    splits = cm.splits(counts)
-    losses = cm.held_out_loss(ema, data.held_out, data.held_out_labels, len(counts), 200, 10)
-    tally = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]["tally"]
-    few = torch.as_tensor(splits["Few"])
-    held_out_few = data.held_out[torch.isin(data.held_out_labels.cpu(), few)]
-    row = row | {"memorised real": memorised(held_out_few, data.images)}
-    row |= {f"d {split}": float(losses[2][k].nanmean()) for split, k in splits.items()}
-    row |= {} if config.no_cm else above_fuse(tally, splits)
+    data, splits = cm.Data(config, device), cm.splits(counts)
+    few = torch.as_tensor(splits["Few"], device=device)
+    *losses, d = cm.held_out_loss(ema.to(device), data.held_out, data.held_out_labels, len(counts),
+                                  200, 10)
+    row = row | {f"d {split}": float(d[k].nanmean()) for split, k in splits.items()}
+    row["memorised real"] = memorised(data.held_out[torch.isin(data.held_out_labels, few)],
+                                      data.images)
+    if not config.no_cm:
+        tally = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]["tally"]
+        row |= above_fuse(tally, splits)
 
     rows = []
     for point, path in files.items():
         images, labels, _ = fid.read_images(path)
-        drawn = int(re.search(r"--num-images (\d+)", row["options"])[1])
-        if len(images) != drawn:
-            raise ValueError(f"{path} holds {len(images)} images, not {drawn}; name another "
-                             "directory with --runs")
         new = row | point._asdict() | {"steps": config.steps, "images": len(images)}
         new |= scores(images, labels, splits, config, cache, device)
         for split, k in splits.items():
             new[f"loss {split}"] = float(losses[point.network == "θ_g"][k].nanmean())
-        new["memorised Few"] = memorised(images[torch.isin(labels, few)].to(device), data.images)
+        new["memorised Few"] = memorised(images[torch.isin(labels, few.cpu())].to(device),
+                                         data.images)
         rows.append(new)
     return rows
 
@@ -311,49 +288,25 @@ def above_fuse(tally, splits):
 
 
 def scores(images, labels, splits, config, cache, device):
-    """FD, precision, recall, accuracy and FD2 of images [N, C, H, W], overall and by split."""
-    row, groups = {}, {"overall": np.concatenate(list(splits.values()))} | splits
-    net, real, radii = reference(config, groups, 0, cache, device)
-    net2, real2, _ = reference(config, groups, 1, cache, device)
-    features, logits = fid.extract(net, images, "generated images")
-    features2, _ = fid.extract(net2, images, "generated images")
-    right = logits.argmax(1).cpu() == labels
-    for group, classes in groups.items():
-        ours = torch.isin(labels, torch.as_tensor(classes))
-        row[f"FD {group}"] = fid.frechet_distance(real[group], features[ours])
-        row[f"precision {group}"], row[f"recall {group}"] = fid.precision_recall(
-            real[group], features[ours], real_radii=radii[group])
-        row[f"accuracy {group}"] = float(right[ours].double().mean())
-        row[f"FD2 {group}"] = fid.frechet_distance(real2[group], features2[ours])
+    """FD, precision, recall and accuracy of images [N, C, H, W], overall and by split, in the
+    features of a classifier as fid.py trains it; FD2 of another."""
+    (real, real_labels), held_out = (
+        cm.on_device(*cm.load_dataset(config.dataset, config.data, config.image_size, train)[:2],
+                     "cpu") for train in (True, False))
+    row, everything = {}, np.concatenate(list(splits.values()))
+    for seed, kind in enumerate(("FD", "FD2")):
+        net = common.judge(real, real_labels, held_out, len(everything), device, cache, seed)
+        theirs = fid.extract(net, real, "real images")[0]
+        ours, logits = fid.extract(net, images, "generated images")
+        for group, classes in {"overall": everything, **splits}.items():
+            r, g = (torch.isin(y, torch.as_tensor(classes)) for y in (real_labels, labels))
+            row[f"{kind} {group}"] = fid.frechet_distance(theirs[r], ours[g])
+            if kind == "FD":
+                row[f"precision {group}"], row[f"recall {group}"] = fid.precision_recall(
+                    theirs[r], ours[g])
+                right = logits[g].argmax(1).cpu() == labels[g]
+                row[f"accuracy {group}"] = float(right.double().mean())
     return row
-
-
-def reference(config, groups, seed, cache, device):
-    """A classifier as fid.py trains it (seed 0: the same one), and the balanced training set's
-    features and radii under it, each {group: tensor}; made once, then kept in `cache`."""
-    real, labels, classes, _ = fid.real_set(config.dataset, config.data, None, config.image_size)
-
-    def make():
-        held, held_labels, _ = cm.load_dataset(config.dataset, config.data, config.image_size,
-                                               train=False)
-        net, accuracy = fid.train_classifier(real, labels, fid.chw(held),
-                                             torch.from_numpy(held_labels), classes, device,
-                                             seed=seed)
-        print(f"classifier {seed} recognises {100 * accuracy:.1f} % of held-out images")
-        features = fid.extract(net, real, "real images")[0].cpu()
-        of_group = {group: features[torch.isin(labels, torch.as_tensor(k))]
-                    for group, k in groups.items()}
-        radii = {group: fid.manifold_radii(part) for group, part in of_group.items()}
-        return dict(weights=net.cpu().state_dict(), features=of_group, radii=radii)
-
-    key = [real.numpy().tobytes(), tuple(real.shape), seed,
-           {group: list(map(int, k)) for group, k in groups.items()}]
-    with locked(cache / "lock"):
-        state = fid.cached(cache, "reference", key, make)
-    net = fid.Classifier(real.shape[1], classes).eval().requires_grad_(False)
-    net.load_state_dict(state["weights"])
-    return net.to(device), *({group: part.to(device) for group, part in state[name].items()}
-                             for name in ("features", "radii"))
 
 
 def memorised(images, training):
@@ -391,25 +344,11 @@ def missing_points(stages, rows):
         for seed in stage.seeds:
             for arm, points in stage.points.items():
                 run = Run(stage.setting, arm, seed)
-                left = [p for p in points if key_of(run, p) not in done]
+                left = [p for p in points if (*run[:2], str(seed), p.network, f"{p.guidance:g}")
+                        not in done]
                 if left:
                     missing.append((run, left))
     return missing
-
-
-def key_of(run, point):
-    """The columns KEY of a row, as text."""
-    return tuple(common.text([run._asdict() | point._asdict()])[KEY].iloc[0])
-
-
-def check_options(path, rows, flags, num_images):
-    """Raises ValueError where rows of a file were made with other options than a run's now."""
-    for (setting, arm), part in rows.groupby(["setting", "arm"]) if len(rows) else ():
-        options = recorded(Run(setting, arm, 0), flags, num_images)
-        others = part.loc[part["options"] != options, "options"]
-        if len(others):
-            raise ValueError(f"{path} was made with other options ({others.iloc[0]}); name another "
-                             "file with --rows")
 
 
 def commit_here():
@@ -424,7 +363,11 @@ def study(names, path, runs, flags, jobs, num_images):
     stages = [make_stages()[name] for name in names]
     cm.parse(options_of(Run("large", "CM", 0), flags))[0].resolved()  # for its checks
     rows = common.read_rows(path)
-    check_options(path, rows, flags, num_images)
+    for (setting, arm), part in rows.groupby(["setting", "arm"]) if len(rows) else ():
+        options = recorded(Run(setting, arm, 0), flags, num_images)
+        if set(part["options"]) != {options}:
+            raise ValueError(f"{path} has rows of {arm} that were made with other options than "
+                             f"{options}; name another file with --rows")
     missing = missing_points(stages, rows)
     total = sum(len(points) for _, points in missing_points(stages, rows[:0]))
     to_do = sum(len(points) for _, points in missing)
@@ -434,54 +377,19 @@ def study(names, path, runs, flags, jobs, num_images):
     stopped, commit = False, commit_here()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
-        tasks = {pool.submit(measure, run, points, flags, runs, num_images, commit): run
-                 for run, points in missing}
+        tasks = [pool.submit(measure, run, points, flags, runs, num_images, commit)
+                 for run, points in missing]
         try:
             for task in as_completed(tasks):
                 new = task.result()
-                if new is None:
-                    stopped = True
-                    continue
-                with locked(path.with_suffix(".lock")):
-                    rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
-                    common.write_rows(path, in_order(rows))
-                run, row = tasks[task], new[0]
-                print(f"{time.strftime('%H:%M')}  {run.setting}, {run.arm}, seed {run.seed}: "
-                      f"{row['status']}, FD Few {row.get('FD Few', np.nan):.4g}", flush=True)
+                stopped |= not new
+                if new:
+                    with locked(path.with_suffix(".lock")):
+                        rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
+                        common.write_rows(path, rows)
+                    print(time.strftime("%H:%M"), *(new[0][name] for name in (*KEY[:3], "status")),
+                          f"FD Few {new[0].get('FD Few', np.nan):.4g}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return int(stopped)
-
-
-def in_order(rows):
-    """Rows by setting, then as ARMS has them, then by seed, network and guidance."""
-    place = pd.DataFrame({"setting": rows["setting"], "arm": rows["arm"].map(list(ARMS).index),
-                          "seed": rows["seed"].astype(int), "network": rows["network"],
-                          "guidance": rows["guidance"].astype(float)})
-    return rows.loc[place.sort_values(KEY, kind="stable").index].reset_index(drop=True)
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="study", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = cm.fail
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    parser.add_argument("--stage", choices=list(make_stages()), nargs="+",
-                        default=list(make_stages()))
-    parser.add_argument("--jobs", type=int, default=cores, help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study"),
-                        help="where run directories lie; outside the work tree they outlive it")
-    parser.add_argument("--num-images", type=int, default=2500, help="generated images a row")
-    parser.add_argument("--rows", type=Path, default=HERE / "rows.csv", help="where the rows lie")
-    args, flags = parser.parse_known_args(argv)
-    try:
-        if args.jobs < 1:
-            raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
-        return study(args.stage, args.rows, args.runs, flags, args.jobs, args.num_images)
-    except (ValueError, OSError) as e:
-        cm.fail(e)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

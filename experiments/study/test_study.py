@@ -1,6 +1,7 @@
 """Tests of the study: what is counted and measured, the statistics, a miniature end to end."""
 
 import functools
+import math
 import sys
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -15,7 +16,8 @@ sys.path.insert(0, str(ROOT))  # whatever pytest's import mode
 import cm
 import fid
 from experiments import common
-from experiments.study import study
+from experiments.study import __main__ as command
+from experiments.study import study, tables
 
 torch.set_num_threads(1)  # results repeat with as many threads
 MINIATURE = ("--steps 20 --channels 4 --multipliers 1 2 --batch-size 4 --image-size 8 --n-max 40 "
@@ -122,6 +124,92 @@ def test_memorised_by_hand():
 
 
 # ------------------------------------------------------------------------------------------------
+# Verdicts
+
+
+def made(**values):
+    """Rows of `large` at guidance 0 whose FD Few is, by seed from 20 on, values of an arm."""
+    rows = [dict(setting="large", arm=arm, network="θ", guidance=0.0, seed=20 + i) |
+            dict.fromkeys(tables.BESIDE, value) | {"loss Few": 0.1, "d Few": 1e-3,
+                                                   "above fuse": np.nan}
+            for arm, column in values.items() for i, value in enumerate(column)]
+    return pd.DataFrame(rows)
+
+
+def t3(t):
+    """P(T < t) of Student's t with three degrees of freedom, in closed form."""
+    x = t / math.sqrt(3)
+    return 0.5 + (x / (1 + x * x) + math.atan(x)) / math.pi
+
+
+def test_p_values_and_intervals_against_hand_worked_numbers():
+    ours, theirs = [10.0, 10.0, 10.0, 10.0], [11.0, 10.0, 9.0, 8.0]  # -1, 0, 1, 2
+    rows = made(CM=ours, DDPM=theirs, RS=[5.0])
+    error = math.sqrt(5 / 3 / 4)  # of the mean, 0.5
+    pair = tables.paired(rows, study.PRIMARY[1])
+    assert np.isclose(tables.p_value(pair), 2 * (1 - t3(0.5 / error)))
+    differences = pair[0]["FD Few"] - pair[1]["FD Few"]
+    for margin in (0.2, 1.0, 2.0):
+        above, below = t3((0.5 - margin) / error), 1 - t3((0.5 + margin) / error)
+        assert np.isclose(tables.same_within(differences, margin), max(above, below))
+    row = tables.verdicts(rows)[0]
+    assert row["seeds"] == "4 of 10" and row["difference"] == "+0.5 [-1.6, +2.6]"  # 3.182 errors
+    assert row["ours"] == "10.0 ± 0.0" and row["theirs"] == "9.5 ± 1.3"
+    assert row["verdict"] == "open" and row["p"] == "0.495" and row["p, Holm"] == "1.000"
+    one = made(CM=ours, RS=[5.0])
+    assert np.isnan(tables.p_value(tables.paired(one, study.Claim("CM", "RS"))))
+
+
+def test_holm_is_over_the_primary_and_over_the_secondary_claims():
+    base = np.array([60.0, 64, 58, 66])
+    off = np.array([1.0, 1.3, 0.9, 1.4])
+    rows = made(**{"DDPM": base, "CM": base - 10 * off, "agreement alone": base - 9 * off[::-1],
+                   "capacity alone": base + 7 * off, "DDPM, two passes": base - off})
+    shown = {row["claim"]: row for row in tables.verdicts(rows)}
+    assert list(shown) == ["1", "2", "3", "4", "", *map(str, range(5, 11))]
+    p = [2 * (1 - t3(abs(t))) for t in (
+        d.mean() / (d.std(ddof=1) / 2) for d in (-10 * off, -9 * off, 7 * off, 17 * off))]
+    assert np.allclose(p, p[0])  # proportional: so Holm makes four times the least of each
+    for number in "1234":
+        assert shown[number]["p, Holm"] == f"{4 * p[0]:.3f}"
+    sixth = -10 * off + off
+    t = sixth.mean() / (sixth.std(ddof=1) / 2)
+    assert shown["6"]["p, Holm"] == f"{6 * 2 * (1 - t3(abs(t))):.3f}"  # five weren't run
+    assert [shown[number]["verdict"] for number in "123"] == ["holds"] * 2 + ["the reverse holds"]
+    assert shown["4"]["verdict"] == "differs: capacity alone above"
+    assert shown["5"]["verdict"] == shown["7"]["verdict"] == "not run"
+    assert shown[""]["p, Holm"] == "–" and shown[""]["p"] != "–"
+
+
+@pytest.mark.parametrize("gain, noise, says", [
+    (20.0, 0.1, "the same (within ±5.0: p = 0.000)"), (20.0, 4.0, "open (within ±5.0: p = 0."),
+    (-20.0, 0.1, "open")])
+def test_what_isnt_decided_is_tested_for_being_the_same(gain, noise, says):
+    base = np.array([60.0, 64, 58, 66])
+    wiggle = noise * np.array([1.0, -1.2, 1.1, -0.8])
+    ours = base - gain * np.array([0.9, 1.1, 1.0, 1.0])
+    rows = made(**{"DDPM": base, "CM": ours, "capacity alone": ours + wiggle,
+                   "agreement alone": ours - wiggle})
+    shown = {row["claim"]: row["verdict"] for row in tables.verdicts(rows)}
+    for number in ("4", ""):
+        assert shown[number].startswith(says) and (gain > 0 or shown[number] == says)
+
+
+def test_one_seed_and_runs_that_ran_off_decide_nothing():
+    shown = {row["claim"]: row["verdict"] for row in tables.verdicts(made(**{
+        "DDPM": [60.0, 61], "CM": [50.0, np.nan], "agreement alone": [50.0]}))}
+    assert shown["1"] == "open (a run ran off)" and shown["2"] == "open (one seed)"
+    assert shown["3"] == "not run"
+
+
+def test_a_row_says_where_our_fuse_acts():
+    run = pd.DataFrame({"above fuse": [0.0, 0.03]})
+    assert tables.name_of("CM", run) == "CM, with our fuse"
+    assert tables.name_of("CM", run / 2) == tables.name_of("CM", pd.DataFrame()) == "CM"
+    assert tables.name_of("no fuse", run) == "no fuse"
+
+
+# ------------------------------------------------------------------------------------------------
 # Runs
 
 
@@ -141,16 +229,18 @@ class InThisProcess(Executor):
 def tiny(tmp_path, monkeypatch):
     """study.main with two stages of a seed, in this process, with hasty classifiers."""
     both = [study.Point("θ", 0.0), study.Point("θ", 1.5)]
-    stages = {"a": study.Stage("large", range(20, 21), {"DDPM": both[:1], "CM": both}),
+    stages = {"small": study.Stage("small", range(20, 21), {"DDPM": both, "CM": both}), "a": study.Stage("large", range(20, 21), {"DDPM": both[:1], "CM": both}),
               "b": study.Stage("large", range(20, 21), {"CM": [study.Point("θ_g", 0.0)],
                                                         "CM, dropout 0.3": both[:1]})}
-    monkeypatch.setattr(study, "make_stages", lambda: stages)
+    for module in (study, tables):
+        monkeypatch.setattr(module, "make_stages", lambda: stages)
+    monkeypatch.setattr(cm, "report", lambda *args: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(study, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(fid, "train_classifier", functools.partial(fid.train_classifier, steps=10))
     own = ["--rows", str(tmp_path / "rows.csv"), "--runs", str(tmp_path / "runs"),
-           "--num-images", "40", "--jobs", "2", *MINIATURE]
-    return lambda *more: study.main([*own, *more])
+           "--assets", str(tmp_path), "--num-images", "40", "--jobs", "2", *MINIATURE]
+    return lambda *more: command.main([*own, *more])
 
 
 def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
@@ -170,18 +260,21 @@ def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     assert 5 <= torch.load(checkpoint, weights_only=True)["step"] < 20
     assert tiny("--stage", "a") == 0
     rows = common.read_rows(tmp_path / "rows.csv")
-    assert rows[["arm", "network", "guidance"]].values.tolist() == [
-        ["DDPM", "θ", "0"], ["CM", "θ", "0"], ["CM", "θ", "1.5"]]
+    assert sorted(rows[["arm", "network", "guidance"]].values.tolist()) == [
+        ["CM", "θ", "0"], ["CM", "θ", "1.5"], ["DDPM", "θ", "0"]]
     first = rows.to_csv()
+    assert {p.name for p in tmp_path.glob("*.png")} == {"study_arms.png", "study_settings.png"}
+    text = capsys.readouterr().out
+    assert "| 1       | CM below DDPM " in text and "1 of 1" in text and "not run" in text
 
     # what has its row isn't run again; a later stage goes on with the runs that are there
     for directory in (tmp_path / "runs").glob("large-*"):
         (directory / "output.txt").unlink()
-    assert tiny() == 0
+    assert tiny("--stage", "a", "b") == 0
     assert "3 rows are there, 2 to come of 2 runs" in capsys.readouterr().out
     rows = common.read_rows(tmp_path / "rows.csv")
-    assert rows[rows["network"] == "θ"].iloc[:3].reset_index(drop=True).to_csv() == first
-    assert rows["arm"].tolist() == ["DDPM", "CM", "CM", "CM", "CM, dropout 0.3"]
+    assert rows.iloc[:3].to_csv() == first
+    assert sorted(rows["arm"]) == ["CM", "CM", "CM", "CM, dropout 0.3", "DDPM"]
     assert {p.parent.name for p in (tmp_path / "runs").glob("*/output.txt")} == {
         "large-CM-20", "large-CM-dropout-0-3-20"}
     assert set(rows["status"]) == {"finished"} and set(rows["device"]) == {"CPU, 1 thread"}
@@ -201,5 +294,5 @@ def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
                        ("θ_g-g0", ["--guidance", "0", "--general-only"])):
         assert cm.main(["--sample", str(out / "checkpoint.pt"), "--num-images", "40", "--seed",
                         "20", "--out", str(tmp_path / f"{name}.npz"), *more]) == 0
-        one, other = (np.load(p) for p in (tmp_path / f"{name}.npz", ours / f"samples-{name}.npz"))
+        one, other = (np.load(p) for p in (tmp_path / f"{name}.npz", ours / f"40-samples-{name}.npz"))
         assert all((one[k] == other[k]).all() for k in other)
