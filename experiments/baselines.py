@@ -9,6 +9,7 @@ It has no command line. The scripts import this file.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -46,6 +47,44 @@ class TwoPasses(cm.CapacityManipulation):
         losses = [cm.squared_distance(self.unet(x_t, t, y_in), eps) for _ in range(2)]
         base, none = sum(losses) / 2, torch.zeros_like(losses[0])
         return base.mean(), base, none, none
+
+
+class Counted:
+    """Mixed into a loss module: counts the training's samples, those with w < 0, and those of them
+    whose d is above the fuse, or above the default fuse where there is none, in `with_tally`."""
+
+    @classmethod
+    def from_config(cls, unet, counts, config):
+        module = super().from_config(unet, counts, config)
+        module.planned = config.steps * config.batch_size
+        module.fuse = min(config.div_margin, 0.1)
+        return module
+
+    def forward(self, x0, y, t, eps, y_in):
+        losses = super().forward(x0, y, t, eps, y_in)
+        tally = self.unet.tally
+        tenth = 10 * tally[:, :, 0].sum() // self.planned
+        negative = self.w[y] < 0
+        above = negative & (losses[3] > self.fuse)
+        tally[tenth].index_add_(0, y, torch.stack([torch.ones_like(y), negative, above], 1))
+        return losses
+
+
+def counted(losses):
+    """The loss module `losses` that counts. Its network is `with_tally`."""
+    return type(f"Counted{losses.__name__}", (Counted, losses), {})
+
+
+def with_tally(network):
+    """`network` with Counted's numbers, by tenth of the training and class, as a buffer [10, C, 3],
+    so that checkpoints keep them."""
+    @functools.wraps(network)
+    def made(config, num_classes, image_channels):
+        unet = network(config, num_classes, image_channels)
+        unet.register_buffer("tally", torch.zeros(10, num_classes, 3, dtype=torch.long))
+        return unet
+
+    return made
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5,14 +5,7 @@
     python -m experiments.study --table              # verdicts, tables and pictures of the rows
 
 Options that aren't its own go to every run of cm.py. A killed run goes on from its last checkpoint;
-what has its row is never run again.
-
-FD, precision, recall and accuracy are of fid.py's classifier, against the whole balanced training
-set; FD2 is of a second classifier, trained with another seed. memorised Few: the share of generated
-Few images that lie much nearer to one training image than to any other; memorised real: the same
-share of held-out images. loss and d: held out, without dropout. above fuse: of the training samples
-with w < 0, the share whose d, with dropout, was above the fuse; of a split: in each tenth of the
-training.
+what has its row is never run again. README.md beside this file says what the columns of a row are.
 """
 
 import os

@@ -35,17 +35,19 @@ SETTINGS = {  # is the network large for its data, or small?
     "large": f"{SHARED} --image-size 8 --channels 32 --n-max 200",
     "small": f"{SHARED} --image-size 16 --channels 16 --n-max 1000"}
 
-ARMS = {
+QUESTION = {
     "DDPM": Variation("--no-cm"),
     "CM": Variation(""),
     "agreement alone": BASELINES["agreement alone"],
     "capacity alone": Variation("--same-masks"),
-    "DDPM, two passes": BASELINES["DDPM, two passes"],
+    "DDPM, two passes": BASELINES["DDPM, two passes"]}
+BALANCE = {
     "RS": Variation("--no-cm --resample 0.5"),
     "CM with RS": Variation("--resample 0.5"),
     "capacity alone with RS": Variation("--same-masks --resample 0.5"),
     "uniform w": BASELINES["uniform w"],
-    "uniform w, no BA": BASELINES["uniform w, no BA"],  # R-Drop proper
+    "uniform w, no BA": BASELINES["uniform w, no BA"]}  # R-Drop proper
+PARTS = {
     "BA alone": Variation("--lam 0"),
     "only L_Con": Variation("--w-div 0"),
     "as printed": Variation("--w-div 1"),
@@ -53,7 +55,8 @@ ARMS = {
     "our earlier CM": Variation("--same-masks --w-div 1 --div-margin 0.003"),
     "OC": Variation("--no-cm --base oc"),
     "CM on OC": Variation("--base oc"),
-    "capacity alone on OC": Variation("--same-masks --base oc"),
+    "capacity alone on OC": Variation("--same-masks --base oc")}
+PAPER = {
     "CBDM": Variation("--no-cm --base cbdm"),
     "CM on CBDM": Variation("--base cbdm"),
     "Focal": Variation("--no-cm --base focal"),
@@ -63,8 +66,8 @@ ARMS = {
     "DDPM, dropout 0": Variation("--no-cm --dropout 0"),
     "CM, dropout 0": Variation("--dropout 0"),
     "DDPM, dropout 0.3": Variation("--no-cm --dropout 0.3"),
-    "CM, dropout 0.3": Variation("--dropout 0.3"),
-}
+    "CM, dropout 0.3": Variation("--dropout 0.3")}
+ARMS = QUESTION | BALANCE | PARTS | PAPER
 
 
 class Run(NamedTuple):
@@ -95,16 +98,14 @@ def make_stages():
     both = [Point("θ", 0.0), Point("θ", 1.5)]
     more = [Point("θ", guidance) for guidance in (0.5, 1.0, 3.0)]
     general = [Point("θ_g", 0.0), Point("θ_g", 1.5)]
-    names = list(ARMS)
-    parts = dict(question=names[:5], balance=names[5:10], parts=names[10:18], paper=names[18:])
-    seeds = dict(question=range(20, 30), balance=range(20, 25), parts=range(20, 25),
-                 paper=range(20, 23))
-    stages = {name: Stage("large", seeds[name], dict.fromkeys(arms, both))
-              for name, arms in parts.items()}
-    stages["guidance"] = Stage("large", range(20, 30), {"DDPM": more, "CM": general + more})
-    stages["small"] = Stage("small", range(20, 25), dict.fromkeys(
-        [*names[:4], "RS", "CM with RS"], both))
-    return stages
+    four = [arm for arm in QUESTION if arm != "DDPM, two passes"]
+    return {
+        "question": Stage("large", range(20, 30), dict.fromkeys(QUESTION, both)),
+        "balance": Stage("large", range(20, 25), dict.fromkeys(BALANCE, both)),
+        "parts": Stage("large", range(20, 25), dict.fromkeys(PARTS, both)),
+        "paper": Stage("large", range(20, 23), dict.fromkeys(PAPER, both)),
+        "guidance": Stage("large", range(20, 30), {"DDPM": more, "CM": general + more}),
+        "small": Stage("small", range(20, 25), dict.fromkeys([*four, "RS", "CM with RS"], both))}
 
 
 class Claim(NamedTuple):
@@ -132,39 +133,6 @@ WORDS = ("setting", "arm", "network", "status", "device", "options", "commit",
 # One run: train, sample, score
 
 
-class Counted:
-    """Mixed into a loss module: counts the training's samples, those with w < 0, and those of them
-    whose d is above the fuse, or above the default fuse where there is none, in `with_tally`."""
-
-    @classmethod
-    def from_config(cls, unet, counts, config):
-        module = super().from_config(unet, counts, config)
-        module.planned = config.steps * config.batch_size
-        module.fuse = min(config.div_margin, 0.1)
-        return module
-
-    def forward(self, x0, y, t, eps, y_in):
-        losses = super().forward(x0, y, t, eps, y_in)
-        tally = self.unet.tally
-        tenth = 10 * tally[:, :, 0].sum() // self.planned
-        negative = self.w[y] < 0
-        above = negative & (losses[3] > self.fuse)
-        tally[tenth].index_add_(0, y, torch.stack([torch.ones_like(y), negative, above], 1))
-        return losses
-
-
-def with_tally(network):
-    """`network` with Counted's numbers, by tenth of the training and class, as a buffer [10, C, 3],
-    so that checkpoints keep them."""
-    @functools.wraps(network)
-    def made(config, num_classes, image_channels):
-        unet = network(config, num_classes, image_channels)
-        unet.register_buffer("tally", torch.zeros(10, num_classes, 3, dtype=torch.long))
-        return unet
-
-    return made
-
-
 def measure(run, points, flags, runs, num_images, commit):
     """Train, sample and score a run: a row for each of `points`; None where a signal stopped it.
 
@@ -173,23 +141,18 @@ def measure(run, points, flags, runs, num_images, commit):
     directory.mkdir(parents=True, exist_ok=True)
     with (locked(directory / "lock"), open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
-        start = time.monotonic()
         try:
             status = train(run, flags, directory)
-        except SystemExit as e:
-            if e.code < 128:  # not a signal
-                raise
+        except SystemExit:  # a signal
             return None
-        row = run._asdict() | dict(status=status or "finished", device=device_name(),
-                                   options=recorded(run, flags, num_images), commit=commit)
+        device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
+                  f"CPU, {torch.get_num_threads()} thread")
+        row = run._asdict() | dict(status=status or "finished", device=device, commit=commit,
+                                   options=recorded(run, flags, num_images))
         if status:
             return [row | point._asdict() for point in points]
-        print(f"{time.monotonic() - start:.0f} s to train")
         files = {point: sample(run, point, directory, num_images) for point in points}
-        print(f"{time.monotonic() - start:.0f} s to train and sample")
-        rows = score(run, row, files, directory, runs / "references")
-        print(f"{time.monotonic() - start:.0f} s to train, sample and score")
-        return rows
+        return score(run, row, files, directory, runs / "references")
 
 
 @contextlib.contextmanager
@@ -204,8 +167,7 @@ def locked(path):
 def made_of(run):
     """What `cm.train` and `cm.generate` take besides options."""
     _, losses, network = ARMS[run.arm]
-    counted = type(f"Counted{losses.__name__}", (Counted, losses), {})
-    return dict(losses=counted, network=with_tally(network))
+    return dict(losses=baselines.counted(losses), network=baselines.with_tally(network))
 
 
 def options_of(run, flags):
@@ -221,12 +183,6 @@ def recorded(run, flags, num_images):
     options = " ".join([*options_of(run, flags), "--num-images", str(num_images)])
     last = {option.split(" ")[0]: option for option in re.split(" (?=--)", options)}
     return common.settings(last.values(), ("--seed", "--subset-seed", "--data", "--device"))
-
-
-def device_name():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} thread"
 
 
 def train(run, flags, directory):

@@ -11,17 +11,17 @@ import pandas as pd
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # whatever pytest's import mode
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # whatever pytest's import mode
 import cm
 import fid
-from experiments import common
+from experiments import baselines, common
 from experiments.study import __main__ as command
 from experiments.study import study, tables
 
 torch.set_num_threads(1)  # results repeat with as many threads
-MINIATURE = ("--steps 20 --channels 4 --multipliers 1 2 --batch-size 4 --image-size 8 --n-max 40 "
-             "--ir 20 --checkpoint-every 5 --log-every 5").split()
+MINIATURE = ["--steps", "20", "--channels", "4", "--multipliers", "1", "2", "--batch-size", "4",
+             "--image-size", "8", "--n-max", "40", "--ir", "20", "--checkpoint-every", "5",
+             "--log-every", "5"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def test_the_stages_are_those_of_the_issue():
 
 
 def test_settings_and_arms_differ_in_what_they_say():
-    for arm, (flags, losses, network) in study.ARMS.items():
+    for arm, (_, losses, network) in study.ARMS.items():
         for setting, passes in (("large", 390), ("small", 77)):
             config = cm.parse(study.options_of(study.Run(setting, arm, 21), []))[0].resolved()
             counts = cm.class_counts(config.n_max, config.ir, 10)
@@ -87,9 +87,8 @@ class Apart(cm.CapacityManipulation):
 @pytest.mark.parametrize("margin, fuse", [("0.1", 0.1), ("0.02", 0.02), ("inf", 0.1)])
 def test_the_fuses_share_on_hand_made_distances(margin, fuse):
     config = cm.parse(["--steps", "20", "--batch-size", "4", "--div-margin", margin])[0].resolved()
-    unet = study.with_tally(lambda *args: torch.nn.Linear(1, 1))(config, 4, 1)
-    counted = type("Counted", (study.Counted, Apart), {})
-    module = counted.from_config(unet, torch.tensor([100, 30, 2, 1]), config)
+    unet = baselines.with_tally(lambda *args: torch.nn.Linear(1, 1))(config, 4, 1)
+    module = baselines.counted(Apart).from_config(unet, torch.tensor([100, 30, 2, 1]), config)
     assert (module.w < 0).tolist() == [False, False, True, True]
     y = torch.tensor([0, 2, 3, 3])
     for step in range(20):  # two steps a tenth
@@ -130,7 +129,7 @@ def test_memorised_by_hand():
 def made(**values):
     """Rows of `large` at guidance 0 whose FD Few is, by seed from 20 on, values of an arm."""
     rows = [dict(setting="large", arm=arm, network="θ", guidance=0.0, seed=20 + i) |
-            dict.fromkeys(tables.BESIDE, value) | {"loss Few": 0.1, "d Few": 1e-3,
+            dict.fromkeys(tables.MEASURES, value) | {"loss Few": 0.1, "d Few": 1e-3,
                                                    "above fuse": np.nan}
             for arm, column in values.items() for i, value in enumerate(column)]
     return pd.DataFrame(rows)
@@ -147,17 +146,17 @@ def test_p_values_and_intervals_against_hand_worked_numbers():
     rows = made(CM=ours, DDPM=theirs, RS=[5.0])
     error = math.sqrt(5 / 3 / 4)  # of the mean, 0.5
     pair = tables.paired(rows, study.PRIMARY[1])
-    assert np.isclose(tables.p_value(pair), 2 * (1 - t3(0.5 / error)))
+    assert np.isclose(tables.p_value(*pair), 2 * (1 - t3(0.5 / error)))
     differences = pair[0]["FD Few"] - pair[1]["FD Few"]
     for margin in (0.2, 1.0, 2.0):
         above, below = t3((0.5 - margin) / error), 1 - t3((0.5 + margin) / error)
         assert np.isclose(tables.same_within(differences, margin), max(above, below))
     row = tables.verdicts(rows)[0]
-    assert row["seeds"] == "4 of 10" and row["difference"] == "+0.5 [-1.6, +2.6]"  # 3.182 errors
-    assert row["ours"] == "10.0 ± 0.0" and row["theirs"] == "9.5 ± 1.3"
+    assert row["seeds"] == "4 of 10" and row["FD Few"] == "+0.5 [-1.6, +2.6]"  # 3.182 errors
+    assert row["recall Few"] == "+0.500 [-1.554, +2.554]" and row["claim"] == "1"
     assert row["verdict"] == "open" and row["p"] == "0.495" and row["p, Holm"] == "1.000"
     one = made(CM=ours, RS=[5.0])
-    assert np.isnan(tables.p_value(tables.paired(one, study.Claim("CM", "RS"))))
+    assert np.isnan(tables.p_value(*tables.paired(one, study.Claim("CM", "RS"))))
 
 
 def test_holm_is_over_the_primary_and_over_the_secondary_claims():
@@ -209,6 +208,34 @@ def test_a_row_says_where_our_fuse_acts():
     assert tables.name_of("no fuse", run) == "no fuse"
 
 
+def test_all_arms_are_listed_and_the_best_guidance_is_marked(monkeypatch):
+    monkeypatch.setattr(tables, "flops", lambda setting, arm: 2.0 if "CM" in arm else 1.0)
+    rows = made(DDPM=[60.0, 62], CM=[50.0])
+    guided = [made(DDPM=[61.0, 60], CM=[51.0]).assign(guidance=1.5),
+              made(CM=[70.0]).assign(network="θ_g")]
+    rows = pd.concat([rows, *guided], ignore_index=True)
+    tablets = {w: {(row["setting"], row["arm"]): row for row in tables.arms(rows, w)}
+               for w in (0.0, 1.5, 3.0)}
+    assert {key for key in tablets[0.0] if key[0] == "large"} == {
+        ("large", arm) for arm in [*study.ARMS, "CM, θ_g"]}
+    assert {arm for _, arm in tablets[3.0]} == {"DDPM", "CM"}
+    ddpm, ours, general = (tablets[0.0]["large", arm] for arm in ("DDPM", "CM", "CM, θ_g"))
+    assert ddpm["FD Few"] == "61.0 ± 1.4" and ddpm["seeds"] == "2 of 10"
+    assert ours["FD Few"] == "50.0*" and ours["FLOPs"] == "2.00"
+    assert general["FD Few"] == "70.0" and tablets[0.0]["small", "CM"]["seeds"] == "not run"
+    assert tablets[1.5]["large", "DDPM"]["FD Few"] == "60.5 ± 0.7*"
+    assert tablets[1.5]["large", "CM"]["FD Few"] == "51.0"
+
+
+def test_the_fuses_table_is_the_mean_over_seeds():
+    rows = made(CM=[1.0, 2.0], DDPM=[1.0]).assign(**{
+        "above fuse": [0.02, 0.04, np.nan], "above fuse Few": ["0 0.1", "0.5 0.3", ""],
+        "above fuse Medium": ["nan 0", "0 0", ""]})
+    assert tables.fuse(rows) == [{
+        "setting": "large", "arm": "CM", "d Few": "1.0e-03", "above fuse, %": "3.00",
+        "Medium, %, by tenth": "nan 0.0", "Few, %, by tenth": "25.0 20.0"}]
+
+
 # ------------------------------------------------------------------------------------------------
 # Runs
 
@@ -229,9 +256,10 @@ class InThisProcess(Executor):
 def tiny(tmp_path, monkeypatch):
     """study.main with two stages of a seed, in this process, with hasty classifiers."""
     both = [study.Point("θ", 0.0), study.Point("θ", 1.5)]
-    stages = {"small": study.Stage("small", range(20, 21), {"DDPM": both, "CM": both}), "a": study.Stage("large", range(20, 21), {"DDPM": both[:1], "CM": both}),
-              "b": study.Stage("large", range(20, 21), {"CM": [study.Point("θ_g", 0.0)],
-                                                        "CM, dropout 0.3": both[:1]})}
+    one, general = range(20, 21), [study.Point("θ_g", 0.0)]
+    stages = {"small": study.Stage("small", one, {"DDPM": both, "CM": both}),
+              "a": study.Stage("large", one, {"DDPM": both[:1], "CM": both}),
+              "b": study.Stage("large", one, {"CM": general, "CM, dropout 0.3": both[:1]})}
     for module in (study, tables):
         monkeypatch.setattr(module, "make_stages", lambda: stages)
     monkeypatch.setattr(cm, "report", lambda *args: None)
@@ -265,7 +293,7 @@ def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     first = rows.to_csv()
     assert {p.name for p in tmp_path.glob("*.png")} == {"study_arms.png", "study_settings.png"}
     text = capsys.readouterr().out
-    assert "| 1       | CM below DDPM " in text and "1 of 1" in text and "not run" in text
+    assert "| 1       | CM − DDPM " in text and "1 of 1" in text and "not run" in text
 
     # what has its row isn't run again; a later stage goes on with the runs that are there
     for directory in (tmp_path / "runs").glob("large-*"):
@@ -292,7 +320,8 @@ def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     assert all(torch.equal(p, other[k]) for k, p in one.items())
     for name, more in (("θ-g0", ["--guidance", "0"]), ("θ-g1.5", []),
                        ("θ_g-g0", ["--guidance", "0", "--general-only"])):
+        name = f"40-samples-{name}.npz"
         assert cm.main(["--sample", str(out / "checkpoint.pt"), "--num-images", "40", "--seed",
-                        "20", "--out", str(tmp_path / f"{name}.npz"), *more]) == 0
-        one, other = (np.load(p) for p in (tmp_path / f"{name}.npz", ours / f"40-samples-{name}.npz"))
+                        "20", "--out", str(tmp_path / name), *more]) == 0
+        one, other = np.load(tmp_path / name), np.load(ours / name)
         assert all((one[k] == other[k]).all() for k in other)
