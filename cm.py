@@ -682,7 +682,8 @@ FASHION16 = Path(__file__).with_name("assets") / "fashion16.npz"  # experiments/
 
 def fetch(name, root, train):
     """A torchvision data set, downloaded if need be. Raises ValueError."""
-    if name == "fashion" and (root / "train-images-idx3-ubyte.gz").is_file():  # Debian's package
+    packed = (root / "train-images-idx3-ubyte.gz").is_file()  # as Debian's package has them
+    if name == "fashion" and packed and not (root / "FashionMNIST" / "raw").is_dir():
         raw = "data/FashionMNIST/raw"
         raise ValueError(f"{root} holds packed files; type mkdir -p {raw} && cp {root}/*.gz {raw} "
                          f"&& gunzip {raw}/*.gz, then leave --data away")
@@ -768,6 +769,8 @@ def load_dataset(name, data=None, image_size=32, train=True):
         return read_folder(root, image_size, train)
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
+    check(name != "fashion16" or data is None, "data", data,
+          "left away with fashion16, which lies beside cm.py")
     sizes = (8, 16) if name == "fashion16" else (8, 16, 32)
     check(image_size in sizes, "image_size", image_size,
           f"{' or '.join(map(str, sizes))} for {name}")

@@ -18,7 +18,7 @@ import cm
 from experiments import baselines
 
 torch.set_num_threads(1)  # results repeat with as many threads
-MINIATURE = ["--dataset", "fashion16", "--channels", "8", "--multipliers", "1", "2",
+MINIATURE = ["--channels", "8", "--multipliers", "1", "2",
              "--image-size", "8", "--batch-size", "8", "--rank-ratio", "0.5", "--warmup", "1",
              "--log-every", "2", "--device", "cpu"]
 COUNTS = [5, 40, 2, 10]  # Many: 1, Medium: 3, Few: 0 and 2

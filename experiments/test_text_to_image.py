@@ -86,6 +86,14 @@ def test_a_drawn_image_has_what_its_caption_says():
         assert place == (" ".join(word).strip() or "centre"), caption
 
 
+def test_a_distance_to_a_shape_changes_by_at_most_the_step_between_points():
+    x = np.linspace(-1.5, 1.5, 301)
+    for shape in shapes.SHAPES:
+        d = shapes.signed_distance(shape, *np.meshgrid(x, x))
+        assert d.min() < -0.1 and (d[[0, -1]] > 0).all() and (d[:, [0, -1]] > 0).all(), shape
+        assert abs(np.diff(d)).max() < 0.0101, shape
+
+
 def test_words_vary_and_upright_shapes_stand_as_people_draw_them():
     images, captions, labels = shapes.captioned_images(100, seed=7)
     for word in (*shapes.RADII, *shapes.COLOURS, *shapes.PLACES, "turned"):

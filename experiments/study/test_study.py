@@ -114,6 +114,56 @@ def test_counting_changes_no_training(tmp_path):
     assert all(torch.equal(p, states[0]["model"][k]) for k, p in states[1]["model"].items())
 
 
+def frechet(a, b):
+    """The Fréchet distance of two feature arrays, by general eigenvalues."""
+    covariances = np.cov(a.T), np.cov(b.T)
+    root = np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0) ** 0.5
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sum(covariances)) - 2 * root.sum()
+
+
+def check_cells(row, checkpoint, samples):
+    """A row's FD, FD2, accuracy, loss, d and memorised of Few, computed by other means."""
+    config, unet, counts = cm.load_trained(checkpoint)
+    few = cm.splits(counts)["Few"]
+    images, labels, _ = cm.load_dataset("fashion16", None, 8, train=False)
+    images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+    alpha_bar, generator = cm.make_alpha_bar(), torch.Generator().manual_seed(0)
+    losses, apart = [], []
+    for t in range(50, 1000, 100):
+        for part in range(0, len(images), 250):
+            x0, y = images[part:part + 250].float() / 127.5 - 1, labels[part:part + 250]
+            eps, a = torch.randn(x0.shape, generator=generator), alpha_bar[t]
+            x_t = (a.sqrt() * x0 + (1 - a).sqrt() * eps).float()
+            with torch.no_grad():
+                theta = unet(x_t, torch.full_like(y, t), y)
+                with cm.general_only(unet):
+                    theta_g = unet(x_t, torch.full_like(y, t), y)
+            kept = np.isin(y, few)  # each class has as many images
+            losses.append(((theta - eps) ** 2).mean((1, 2, 3))[kept])
+            apart.append(((theta - theta_g) ** 2).mean((1, 2, 3))[kept])
+    assert np.isclose(float(row["loss Few"]), float(torch.cat(losses).double().mean()), 1e-4)
+    assert np.isclose(float(row["d Few"]), float(torch.cat(apart).double().mean()), 1e-4)
+
+    drawn = np.load(samples)
+    kept = np.isin(drawn["arr_1"], few)
+    fakes = drawn["arr_0"][kept].reshape(kept.sum(), -1).astype(float)
+    train = cm.Data(config).images.permute(0, 2, 3, 1).reshape(sum(counts), -1).double().numpy()
+    near = [sorted(np.sqrt(((x - train) ** 2).sum(1)))[:2] for x in fakes]
+    assert np.isclose(float(row["memorised Few"]), np.mean([a < b / 3 for a, b in near]), 1e-5)
+
+    real, real_labels, _ = cm.load_dataset("fashion16", None, 8)
+    sets = [fid.chw(real), torch.from_numpy(real_labels), images, labels, 10]
+    for kind, seed in (("FD", 0), ("FD2", 1)):  # hasty ones, as `tiny` has them
+        net, _ = fid.train_classifier(*sets, steps=10, seed=seed)
+        with torch.no_grad():
+            theirs = net(fid.chw(real[np.isin(real_labels, few)]))[0].double().numpy()
+            ours, logits = net(fid.chw(drawn["arr_0"][kept]))
+        assert np.isclose(float(row[f"{kind} Few"]), frechet(theirs, ours.double().numpy()), 1e-3)
+        if kind == "FD":
+            right = (logits.argmax(1).numpy() == drawn["arr_1"][kept]).mean()
+            assert np.isclose(float(row["accuracy Few"]), right, 1e-5)
+
+
 def test_memorised_by_hand():
     training = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
     training[1], training[2] = 100, 200
@@ -325,3 +375,5 @@ def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
                         "20", "--out", str(tmp_path / name), *more]) == 0
         one, other = np.load(tmp_path / name), np.load(ours / name)
         assert all((one[k] == other[k]).all() for k in other)
+    row = rows[(rows["arm"] == "CM") & (rows["guidance"] == "0") & (rows["network"] == "θ")].iloc[0]
+    check_cells(row, out / "checkpoint.pt", ours / "40-samples-θ-g0.npz")
