@@ -16,10 +16,11 @@ MEASURES = {"FD Few": 1, "FD overall": 1, "recall Few": 3, "accuracy Few": 3, "m
 
 
 def at(rows, setting, arm, guidance=0.0, network="θ"):
-    """The rows of an arm, by seed."""
+    """The rows of an arm, by seed; nan where all of them ran off."""
     here = ((rows["setting"] == setting) & (rows["arm"] == arm) & (rows["network"] == network)
             & (rows["guidance"] == guidance))
-    return rows[here].set_index("seed")
+    columns = rows.columns.union([*MEASURES, "loss Few", "above fuse"])
+    return rows[here].reindex(columns=columns).set_index("seed")
 
 
 def paired(rows, claim):
@@ -105,7 +106,7 @@ def guided_differences(rows):
 
 def name_of(arm, run):
     """An arm's name in tables: the authors have no fuse, so it is said where ours acts."""
-    acts = "above fuse" in run and run["above fuse"].mean() > 0.01
+    acts = run["above fuse"].mean() > 0.01
     return f"{arm}, with our fuse" if acts and "--div-margin inf" not in ARMS[arm].flags else arm
 
 
@@ -137,7 +138,7 @@ def fuse(rows):
     shown = []
     for (setting, arm), _ in rows.groupby(["setting", "arm"], sort=False):
         run = at(rows, setting, arm)
-        if "above fuse" in run and run["above fuse"].notna().any():
+        if run["above fuse"].notna().any():
             row = {"setting": setting, "arm": arm, "d Few": f"{run['d Few'].mean():.1e}",
                    "above fuse, %": f"{100 * run['above fuse'].mean():.2f}"}
             for split in ("Medium", "Few"):

@@ -254,7 +254,7 @@ def test_one_seed_and_runs_that_ran_off_decide_nothing():
 def test_a_row_says_where_our_fuse_acts():
     run = pd.DataFrame({"above fuse": [0.0, 0.03]})
     assert tables.name_of("CM", run) == "CM, with our fuse"
-    assert tables.name_of("CM", run / 2) == tables.name_of("CM", pd.DataFrame()) == "CM"
+    assert tables.name_of("CM", run / 2) == tables.name_of("CM", run[:0]) == "CM"
     assert tables.name_of("no fuse", run) == "no fuse"
 
 
@@ -377,3 +377,34 @@ def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
         assert all((one[k] == other[k]).all() for k in other)
     row = rows[(rows["arm"] == "CM") & (rows["guidance"] == "0") & (rows["network"] == "θ")].iloc[0]
     check_cells(row, out / "checkpoint.pt", ours / "40-samples-θ-g0.npz")
+
+
+def test_a_stopped_run_has_no_row_and_one_that_ran_off_says_so(tiny, tmp_path, capsys, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise SystemExit(143)
+
+    common.write_rows(tmp_path / "rows.csv", common.text([
+        dict(setting="large", arm="RS", seed=20, network="θ", guidance=0.0, options=study.recorded(
+            study.Run("large", "RS", 20), MINIATURE, 40)) | dict.fromkeys(tables.MEASURES, 1.0)]))
+    with monkeypatch.context() as here:
+        here.setattr(common, "run", stopped)
+        assert tiny("--stage", "a") == 1
+    assert len(common.read_rows(tmp_path / "rows.csv")) == 1
+    monkeypatch.setattr(common, "run", lambda *args, **kwargs: "not finite at step 7")
+    assert tiny("--stage", "a") == 0
+    rows = common.read_rows(tmp_path / "rows.csv")
+    assert rows["status"].tolist() == ["", *["not finite at step 7"] * 3]
+    assert set(rows["FD Few"]) == {"1", ""}
+
+    with pytest.raises(SystemExit):
+        tiny("--stage", "a", "--lr", "1")
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "made with other options than" in err and "--lr 1 " in err
+
+
+def test_of_an_option_given_twice_the_last_is_recorded():
+    for arm, dropout in (("CM", "0.1"), ("CM, dropout 0.3", "0.3")):
+        flags = study.recorded(study.Run("small", arm, 20), ["--steps", "9"], 40).split(" --")
+        assert {"steps 9", f"dropout {dropout}", "num-images 40"} <= set(flags)
+        assert len({flag.split(" ")[0] for flag in flags}) == len(flags)
+        assert not any(flag.startswith(("seed", "subset-seed")) for flag in flags)
