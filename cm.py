@@ -1221,10 +1221,10 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     torch.manual_seed(hashed_seed("weights", config.seed))
     unet = network(config, len(data.names), data.images.shape[1])
     unet = lay_out(unet, device)
-    ema = copy.deepcopy(unet).eval().requires_grad_(False)
     if config.compile:  # with eager's random numbers, so that --same-masks can draw masks again
         unet.compile(options={"fallback_random": True})
-    module = losses.from_config(unet, data.counts, config).to(device)
+    module = losses.from_config(unet, data.counts, config).to(device)  # may tell `unet` the counts
+    ema = copy.deepcopy(unet).eval().requires_grad_(False)
     model = module
     if patient:
         # cuDNN writes a 1x1 kernel's strides in another way; its bytes are the same

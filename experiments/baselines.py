@@ -1,12 +1,15 @@
-"""What the paper compares CM with and cm.py lacks: Overlap, ADA, Group-Expert LoRA, CBDM (LoRA).
+"""What CM is compared with and cm.py lacks: the paper's Overlap, ADA, Group-Expert LoRA and CBDM
+(LoRA); and the study's, which take CM apart: agreement alone, uniform weights, two passes averaged.
 
 Each is a loss module, a network, or both, for `cm.train`, `cm.load_trained` and `cm.generate`;
-`BASELINES`, at the end, names them with their options. Two more need no code: CBDM (theta_g ⊕
-theta_e) is `--base cbdm --lam 0`, CM with RS is `--resample 0.5`.
+`BASELINES`, at the end, names them with their options. Others need no code: capacity alone is
+`--same-masks`, CBDM (theta_g ⊕ theta_e) `--base cbdm --lam 0`, CM with RS `--resample 0.5`.
 
 It has no command line. The scripts import this file.
 """
 
+import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,6 +18,74 @@ import torch.nn.functional as F
 from torch import nn
 
 import cm
+
+# ------------------------------------------------------------------------------------------------
+# CM taken apart
+
+
+def plain_unet(config, num_classes, image_channels):
+    """A UNet without reserved capacity, whatever --no-cm says. A plain network is its own theta_g:
+    with CM's losses it is *agreement alone*, two passes that differ in their dropout masks."""
+    return cm.make_unet(dataclasses.replace(config, no_cm=True), num_classes, image_channels)
+
+
+class UniformWeights(cm.CapacityManipulation):
+    """CM that tells no class from another: each sample's w is the training set's mean, sum N_c w_c
+    / sum N_c. With `plain_unet` it is R-Drop (Liang et al. 2021), of noise predictions."""
+
+    def __init__(self, unet, counts, *args, **kwargs):
+        super().__init__(unet, counts, *args, **kwargs)
+        share = self.counts.double() / self.counts.sum()
+        self.w.fill_((share * self.w).sum())
+
+
+class TwoPasses(cm.CapacityManipulation):
+    """DDPM at CM's cost: the base loss is averaged over two passes with masks of their own."""
+
+    def forward(self, x0, y, t, eps, y_in):
+        x_t = cm.add_noise(x0, t, eps, self.alpha_bar)
+        losses = [cm.squared_distance(self.unet(x_t, t, y_in), eps) for _ in range(2)]
+        base, none = sum(losses) / 2, torch.zeros_like(losses[0])
+        return base.mean(), base, none, none
+
+
+class Counted:
+    """Mixed into a loss module: counts the training's samples, those with w < 0, and those of them
+    whose d is above the fuse, or above the default fuse where there is none, in `with_tally`."""
+
+    @classmethod
+    def from_config(cls, unet, counts, config):
+        module = super().from_config(unet, counts, config)
+        module.planned = config.steps * config.batch_size
+        module.fuse = min(config.div_margin, 0.1)
+        return module
+
+    def forward(self, x0, y, t, eps, y_in):
+        losses = super().forward(x0, y, t, eps, y_in)
+        tally = self.unet.tally
+        tenth = 10 * tally[:, :, 0].sum() // self.planned
+        negative = self.w[y] < 0
+        above = negative & (losses[3] > self.fuse)
+        tally[tenth].index_add_(0, y, torch.stack([torch.ones_like(y), negative, above], 1))
+        return losses
+
+
+def counted(losses):
+    """The loss module `losses` that counts. Its network is `with_tally`."""
+    return type(f"Counted{losses.__name__}", (Counted, losses), {})
+
+
+def with_tally(network):
+    """`network` with Counted's numbers, by tenth of the training and class, as a buffer [10, C, 3],
+    so that checkpoints keep them."""
+    @functools.wraps(network)
+    def made(config, num_classes, image_channels):
+        unet = network(config, num_classes, image_channels)
+        unet.register_buffer("tally", torch.zeros(10, num_classes, 3, dtype=torch.long))
+        return unet
+
+    return made
+
 
 # ------------------------------------------------------------------------------------------------
 # Overlap (Tab. G.12)
@@ -30,7 +101,7 @@ class Overlap(cm.CapacityManipulation):
     `margin` are nats a pixel value. gamma * max(0, margin - KL) is added to DDPM's base loss,
     nothing where the label is dropped. In log.csv that term is `cm` and KL is `d`."""
 
-    # Of six pairs the one with the lowest FD on Few, in seed 0 (study.py's OVERLAPS). From t = 100
+    # Of six pairs the one with the lowest FD on Few, in one seed, at commit f7283d9. From t = 100
     # on KL's factor is 0.005 to 0.01: there the push is a twentieth to a tenth of the base loss's
     # pull, up to a distance of 0.01 to 0.02
     gamma, margin = 10.0, 1e-4
@@ -39,8 +110,8 @@ class Overlap(cm.CapacityManipulation):
         x_t = cm.add_noise(x0, t, eps, self.alpha_bar)
         y_other = self.other_classes(y)
         with cm.same_masks(x_t):
-            eps_other = self.decode(*self.encode(x_t, t, y_other))
-        eps_theta = self.decode(*self.encode(x_t, t, y_in))
+            eps_other = self.unet(x_t, t, y_other)
+        eps_theta = self.unet(x_t, t, y_in)
 
         alpha = self.alpha_bar / F.pad(self.alpha_bar[:-1], (1, 0), value=1.0)
         factor = (1 - alpha) / (2 * alpha * (1 - self.alpha_bar))
@@ -117,23 +188,42 @@ class ADA(cm.CapacityManipulation):
 
     With --flip the data are mirrored already, untold; these flips come on top."""
 
-    def __init__(self, unet, counts, config):
-        super().__init__(unet, counts, config)
-        encode = self.encode
-        self.encode = lambda x_t, t, y: encode(x_t, t, y, unet.told(self.numbers))
+    @classmethod
+    def from_config(cls, unet, counts, config):
+        module = super().from_config(unet, counts, config)
+        module.flip = config.flip
+        return module
 
     def forward(self, x0, y, t, eps, y_in):
-        changes = draw_changes(len(x0), self.config.flip, x0.device)
-        self.numbers = numbers(changes)
-        return super().forward(warp(x0, changes), y, t, eps, y_in)
+        changes = draw_changes(len(x0), self.flip, x0.device)
+        self.unet.numbers = numbers(changes)
+        losses = super().forward(warp(x0, changes), y, t, eps, y_in)
+        self.unet.numbers = None
+        return losses
+
+
+class ToldUNet(cm.UNet):
+    """A UNet that is told ADA's `numbers` [B, 9] in training; None, as when sampling, is as zeros,
+    since the layer has no bias."""
+
+    def __init__(self, num_classes, *args):
+        super().__init__(num_classes, *args)
+        self.told = nn.Linear(9, 4 * self.channels, bias=False)
+        self.numbers = None
+
+    def embed(self, t, y):
+        emb = super().embed(t, y)
+        return emb if self.numbers is None else emb + self.told(self.numbers.to(emb.dtype))
 
 
 def told_unet(config, num_classes, image_channels):
-    """A UNet with a layer for ADA's numbers. Without a bias: at sampling they are 0 and the layer
-    isn't needed."""
-    unet = cm.make_unet(config, num_classes, image_channels)
-    unet.told = nn.Linear(9, 4 * config.channels, bias=False)
-    return unet
+    return ToldUNet(num_classes, image_channels, *widths_of(config))
+
+
+def widths_of(config):
+    """What cm.UNet takes of a configuration, in order."""
+    return (config.image_size, config.channels, config.multipliers, config.blocks,
+            config.attention, config.dropout)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,39 +263,39 @@ class RoutedUNet(cm.UNet):
         super().__init__(num_classes, *args)
         self.register_buffer("router", torch.zeros(num_classes + 1, 3))
 
-    def encode(self, x_t, t, y=None, extra_emb=None):
-        own = self.router[torch.full_like(t, -1) if y is None else y]
-        h, skips, emb = super().encode(x_t, t, y, extra_emb)
-        return h, skips, (emb, own)
-
-    def decode(self, h, skips, emb):
-        emb, own = emb
+    def forward(self, x_t, t, y):
         for layer in self.decoder.modules():
             if isinstance(layer, GroupExperts):
-                layer.own = own
-        return super().decode(h, skips, emb)
+                layer.own = self.router[y]
+        return super().forward(x_t, t, y)
 
 
 def group_expert_unet(config, num_classes, image_channels):
     """Experts for Many, Medium and Few wherever CM reserves, with a third of its rank, at least 1.
 
     They are trained from scratch with the general weights. Raises ValueError if unconditional."""
-    if config.unconditional:
-        raise ValueError("the label chooses the expert; leave --unconditional away")
-    unet = RoutedUNet(num_classes, image_channels, config.image_size, config.channels,
-                      config.multipliers, config.blocks, config.attention, config.dropout)
-    cm.reserve_capacity(unet.decoder, config.rank_ratio)
+    if config.label_drop == 1:
+        raise ValueError("--label-drop 1 leaves no label to choose the expert")
+    unet = reserve(RoutedUNet(num_classes, image_channels, *widths_of(config)), config.rank_ratio)
     cm.replace_modules(unet.decoder, {
         reserved: GroupExperts(reserved.layer, max(1, len(reserved.A) // 3))
-        for reserved in cm.reserved_layers(unet.decoder)})
+        for reserved in cm.reserved_layers(unet)})
+    return unet
+
+
+def reserve(unet, rank_ratio):
+    """`unet` with capacity reserved where `cm.make_unet` does."""
+    last = unet.decoder[-1][-1]
+    cm.reserve_capacity(unet.decoder, rank_ratio, where=lambda layer: (
+        layer is not last and layer.weight.shape[2:] == (3, 3)))
     return unet
 
 
 class GroupExpertLoRA(cm.CapacityManipulation):
     """The base loss; tells the network, `group_expert_unet`, which classes are whose."""
 
-    def __init__(self, unet, counts, config):
-        super().__init__(unet, counts, config)
+    def __init__(self, unet, counts, *args, **kwargs):
+        super().__init__(unet, counts, *args, **kwargs)
         for group, classes in enumerate(cm.splits(self.counts.cpu()).values()):
             unet.router[classes, group] = 1
 
@@ -228,9 +318,7 @@ def lora_of(checkpoint=None):
         else:
             for p in unet.parameters():
                 nn.init.constant_(p, math.nan)  # never to be trained on
-        unet.requires_grad_(False)
-        cm.reserve_capacity(unet.decoder, config.rank_ratio)  # A and B are trained
-        return unet
+        return reserve(unet.requires_grad_(False), config.rank_ratio)  # A and B are trained
 
     return frozen_with_lora
 
@@ -244,6 +332,10 @@ class Variation(NamedTuple):
 
 
 BASELINES = {
+    "agreement alone": Variation("", network=plain_unet),
+    "uniform w": Variation("", UniformWeights),
+    "uniform w, no BA": Variation("", UniformWeights, plain_unet),
+    "DDPM, two passes": Variation("--no-cm --base ddpm", TwoPasses),
     "ADA": Variation("--no-cm --base ddpm", ADA, told_unet),
     "Overlap": Variation("--no-cm --base ddpm", Overlap),
     "Group-Expert LoRA": Variation("--no-cm --base ddpm", GroupExpertLoRA, group_expert_unet),

@@ -29,15 +29,15 @@ def configure(*flags):
     return cm.parse([*MINIATURE, *flags])[0].resolved()
 
 
-def tiny(losses, network, *flags, dtype=torch.float64):
+def tiny(losses, network, *flags, dtype=torch.float64, dropout="0"):
     """Losses of a small network for COUNTS, all that is trained (B too) off its initial value."""
-    config = configure("--no-cm", *flags)
+    config = configure("--dropout", dropout, *flags)
     torch.manual_seed(0)
     unet = network(config, len(COUNTS), 1).to(dtype)
     for p in unet.parameters():
         if p.requires_grad:
             p.data.add_(0.1 * torch.randn_like(p))
-    return losses(unet, COUNTS, config)
+    return losses.from_config(unet, torch.tensor(COUNTS), config)
 
 
 def batch(n=8, dtype=torch.float64):
@@ -70,6 +70,76 @@ def same_gradients(loss, other_loss, parameters, other_parameters=None, rtol=1e-
 
 
 # ------------------------------------------------------------------------------------------------
+# CM taken apart
+
+
+def plain_w(w_div=0.2):
+    """w of COUNTS by Eq. (3), written anew."""
+    n = np.array(COUNTS, float)
+    return len(n) * n / n.sum() - w_div * len(n) * (1 / n) / (1 / n).sum()
+
+
+@pytest.mark.parametrize("losses, weights", [
+    (cm.CapacityManipulation, plain_w()),
+    (baselines.UniformWeights, np.full(4, np.average(plain_w(), weights=COUNTS)))])
+def test_agreement_of_a_plain_network_and_its_gradients(losses, weights):
+    """Two passes of one network, no BA; d is of the dropout masks alone."""
+    module = tiny(losses, baselines.plain_unet, dropout="0.5")
+    assert not cm.reserved_layers(module)
+    x0, y, t, eps, y_in = batch()
+    assert torch.allclose(module.w.double(), torch.tensor(weights))
+    torch.manual_seed(3)
+    module.div_margin = margin = float(module(x0, y, t, eps, y_in)[3][y == 2].mean())
+    torch.manual_seed(3)
+    total, base, loss_cm, d = module(x0, y, t, eps, y_in)
+    assert (d > 0).all() and {True, False} == set((d[y == 2] > margin).tolist())
+
+    x_t = noised(x0, t, eps)
+    torch.manual_seed(3)
+    first, second = module.unet(x_t, t, y_in), module.unet(x_t, t, y_in)
+    expected = 0
+    for i, k in enumerate(y.tolist()):
+        loss = (first[i] - eps[i]).square().mean()
+        apart = (first[i] - second[i]).square().mean()
+        assert torch.isclose(base[i], loss, 1e-5) and torch.isclose(d[i], apart, 1e-5)
+        if weights[k] < 0 and apart > margin:
+            apart = torch.tensor(margin)
+        expected = expected + (loss + weights[k] * apart) / len(y)
+    assert torch.isclose(total, expected, 1e-6)
+    same_gradients(total, expected, list(module.unet.parameters()))
+
+
+def test_without_dropout_a_plain_network_agrees_with_itself():
+    module = tiny(cm.CapacityManipulation, baselines.plain_unet)
+    total, base, loss_cm, d = module(*batch())
+    assert not d.any() and not loss_cm.any() and torch.equal(total, base.mean())
+
+
+def test_capacity_alone_sees_nothing_where_ba_is_zero():
+    module = tiny(cm.CapacityManipulation, cm.make_unet, "--same-masks", dropout="0.5")
+    assert (module(*batch())[3] > 0).all()
+    for layer in cm.reserved_layers(module):
+        nn.init.zeros_(layer.B)
+    first, second = module(*batch()), module(*batch())
+    assert not first[3].any() and not second[3].any()
+    assert (first[1] != second[1]).all()  # masks are new at each step
+
+
+def test_two_passes_and_their_gradients():
+    module = tiny(baselines.TwoPasses, cm.make_unet, "--no-cm", dropout="0.5")
+    x0, y, t, eps, y_in = batch()
+    torch.manual_seed(3)
+    total, base, loss_cm, d = module(x0, y, t, eps, y_in)
+    torch.manual_seed(3)
+    passes = torch.stack([module.unet(noised(x0, t, eps), t, y_in) for _ in range(2)])
+    expected = (passes - eps).square().mean((0, 2, 3, 4))
+    assert torch.allclose(base, expected, 1e-5) and not loss_cm.any() and not d.any()
+    assert (passes[0] != passes[1]).flatten(1).any(1).all()
+    assert torch.isclose(total, expected.mean(), 1e-6)
+    same_gradients(total, expected.mean(), list(module.unet.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------
 # Overlap
 
 
@@ -84,7 +154,7 @@ def step_kl(eps, eps_other, t):
 
 @pytest.mark.parametrize("gamma, share", [(3.0, 1), (0.5, 0.5), (0.5, 0)])
 def test_overlap_and_its_gradients_against_plain_loops(gamma, share):
-    losses = tiny(baselines.Overlap, cm.make_unet)
+    losses = tiny(baselines.Overlap, cm.make_unet, "--no-cm")
     x0, y, t, eps, y_in = batch()
     y_other = torch.tensor([3, 0, 1, 2, 1, 2, 0, 2])
     losses.other_classes = lambda labels: y_other if torch.equal(labels, y) else None
@@ -111,7 +181,7 @@ def test_overlap_and_its_gradients_against_plain_loops(gamma, share):
 
 
 def test_overlaps_other_class_is_uniform_over_the_others():
-    losses = tiny(baselines.Overlap, cm.make_unet)
+    losses = tiny(baselines.Overlap, cm.make_unet, "--no-cm")
     torch.manual_seed(0)
     y = torch.arange(40_000) % 4
     drawn = torch.zeros(4, 4).index_put_((y, losses.other_classes(y)), torch.ones(len(y)), True)
@@ -120,7 +190,7 @@ def test_overlaps_other_class_is_uniform_over_the_others():
 
 
 def test_overlap_draws_the_same_masks_for_both_classes():
-    losses = tiny(baselines.Overlap, cm.make_unet, "--dropout", "0.5")
+    losses = tiny(baselines.Overlap, cm.make_unet, "--no-cm", dropout="0.5")
     nn.init.zeros_(losses.unet.label_embedding.weight)
     torch.manual_seed(0)
     _, first, overlap, kl = losses(*batch())
@@ -274,7 +344,7 @@ def plain_numbers(flip_x, flip_y, scale, angle, stretch, axis, right, down):
 
 
 def test_ada_and_its_gradients_against_plain_loops():
-    losses = tiny(baselines.ADA, baselines.told_unet, "--flip", dtype=torch.float32)
+    losses = tiny(baselines.ADA, baselines.told_unet, "--no-cm", "--flip", dtype=torch.float32)
     changes = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
     changes[:2] = (changes[:2] > 0).float()
     x0, y, t, eps, y_in = batch(dtype=torch.float32)
@@ -283,17 +353,22 @@ def test_ada_and_its_gradients_against_plain_loops():
     assert torch.equal(total, base.mean()) and not cm_loss.any() and not d.any()
 
     unet = copy.deepcopy(losses.unet).double()
+    plain = cm.make_unet(configure("--no-cm", "--dropout", "0"), len(COUNTS), 1).double()
+    plain.load_state_dict({k: p for k, p in unet.state_dict().items() if k != "told.weight"})
     expected = 0
     for i in range(len(y)):
         one, values = slice(i, i + 1), changes[:, i].double().tolist()
         warped = torch.tensor(plain_warp(x0[i, 0].double().numpy(), *values))[None, None]
         told = torch.tensor(plain_numbers(*values)).double()
         extra = sum(value * column for value, column in zip(told, unet.told.weight.T, strict=True))
+        plain.embed = lambda t, y, extra=extra: cm.UNet.embed(plain, t, y) + extra
         x_t = noised(warped, t[one], eps[one].double())
-        loss = (unet(x_t, t[one], y_in[one], extra[None]) - eps[one]).square().mean()
+        loss = (plain(x_t, t[one], y_in[one]) - eps[one]).square().mean()
         assert torch.isclose(base[i].double(), loss, 1e-4)
         expected = expected + loss / len(y)
-    same_gradients(total, expected, list(losses.unet.parameters()), list(unet.parameters()), 1e-3)
+    others = dict(plain.named_parameters()) | {"told.weight": unet.told.weight}
+    same_gradients(total, expected, list(losses.unet.parameters()),
+                   [others[name] for name, _ in losses.unet.named_parameters()], 1e-3)
 
 
 def test_ada_draws_each_change_with_its_probability():
@@ -333,13 +408,14 @@ def test_ada_draws_each_change_with_its_probability():
 
 def test_ada_flips_sideways_only_where_the_run_does():
     for flag, told in (("--flip", True), ("--no-flip", False)):
-        losses = tiny(baselines.ADA, baselines.told_unet, flag, dtype=torch.float32)
+        losses = tiny(baselines.ADA, baselines.told_unet, "--no-cm", flag, dtype=torch.float32)
         seen = []
+        losses.unet.told.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         for seed in range(10):
             torch.manual_seed(seed)
             losses(*batch(dtype=torch.float32))
-            seen.append(losses.numbers)
         seen = torch.cat(seen)
+        assert losses.unet.numbers is None  # whoever calls the network next tells it nothing
         assert bool(seen[:, 0].any()) == told and seen[:, 1].any()
 
 
@@ -356,11 +432,12 @@ def test_without_numbers_adas_network_is_the_plain_one():
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, -1])
     nn.init.normal_(told.decoder[-1][-1].weight)
     plain.load_state_dict(more)
-    zeros = baselines.numbers(torch.zeros(8, 2))
-    assert not zeros.any() and not told.told(zeros).any()
+    told.eval(), plain.eval()
     assert torch.equal(told(x, t, y), plain(x, t, y))
-    assert torch.equal(told(x, t, y), told(x, t, y, told.told(zeros)))
-    assert not torch.equal(told(x, t, y), told(x, t, y, told.told(zeros + 1)))
+    told.numbers = baselines.numbers(torch.zeros(8, 2))
+    assert not told.numbers.any() and torch.equal(told(x, t, y), plain(x, t, y))
+    told.numbers = told.numbers + 1
+    assert not torch.equal(told(x, t, y), plain(x, t, y))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -383,8 +460,8 @@ def plain_weights(unet, group):
 
 
 def test_group_experts_and_their_gradients_against_plain_networks():
-    losses = tiny(baselines.GroupExpertLoRA, baselines.group_expert_unet)
-    plain = cm.make_unet(losses.config, len(COUNTS), 1).double()
+    losses = tiny(baselines.GroupExpertLoRA, baselines.group_expert_unet, "--no-cm")
+    plain = cm.make_unet(configure("--no-cm", "--dropout", "0"), len(COUNTS), 1).double()
     x0, y, t, eps, y_in = batch()
     total, base, cm_loss, d = losses(x0, y, t, eps, y_in)
     assert not cm_loss.any() and not d.any()
@@ -403,7 +480,7 @@ def test_group_experts_and_their_gradients_against_plain_networks():
 @pytest.mark.parametrize("classes, trained", [([0, 2], [2]), ([1], [0]), ([3, 1], [0, 1]),
                                               ([-1], [])])
 def test_experts_learn_from_and_change_their_own_group_alone(classes, trained):
-    losses = tiny(baselines.GroupExpertLoRA, baselines.group_expert_unet)
+    losses = tiny(baselines.GroupExpertLoRA, baselines.group_expert_unet, "--no-cm")
     unet, (x0, _, t, _, _) = losses.unet, batch()
     y = torch.tensor(classes).repeat(8)[:8]
     unet(x0, t, y).square().sum().backward()
@@ -450,31 +527,23 @@ def test_experts_have_a_third_of_cms_rank_and_start_at_nothing():
 
 
 def test_without_a_label_there_is_no_expert():
-    unet = tiny(baselines.GroupExpertLoRA, baselines.group_expert_unet).unet
+    unet = tiny(baselines.GroupExpertLoRA, baselines.group_expert_unet, "--no-cm").unet
     x0, y, t, _, _ = batch()
     nn.init.zeros_(unet.label_embedding.weight)
     nowhere = torch.full_like(y, -1)
-    assert torch.equal(unet(x0, t), unet(x0, t, nowhere))
-    assert (unet(x0, t) != unet(x0, t, y)).flatten(1).any(1).all()
+    plain = cm.make_unet(configure("--no-cm", "--dropout", "0"), len(COUNTS), 1).double()
+    without = torch.func.functional_call(plain, plain_weights(unet, None), (x0, t, nowhere))
+    assert torch.allclose(unet(x0, t, nowhere), without)
+    assert (unet(x0, t, y) != without).flatten(1).any(1).all()
 
 
 def test_two_classes_have_two_experts_and_no_label_is_refused():
     config = configure("--no-cm")
     unet = baselines.group_expert_unet(config, 2, 1)
-    baselines.GroupExpertLoRA(unet, [3, 9], config)
+    baselines.GroupExpertLoRA.from_config(unet, torch.tensor([3, 9]), config)
     assert unet.router.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
-    with pytest.raises(ValueError, match="leave --unconditional away"):
-        baselines.group_expert_unet(configure("--no-cm", "--unconditional"), 2, 1)
-
-
-def test_two_encodings_keep_their_experts_apart():
-    losses = tiny(baselines.GroupExpertLoRA, baselines.group_expert_unet)
-    x0, y, t, _, _ = batch()
-    unet = losses.unet
-    first, second = unet.encode(x0, t, y), unet.encode(x0, t, y.flip(0), torch.ones(1, 32))
-    assert torch.equal(unet.decode(*first), unet(x0, t, y))
-    assert torch.equal(unet.decode(*second), unet(x0, t, y.flip(0), torch.ones(1, 32)))
-    assert not torch.equal(unet.decode(*second), unet(x0, t, y.flip(0)))
+    with pytest.raises(ValueError, match="no label to choose the expert"):
+        baselines.group_expert_unet(configure("--no-cm", "--label-drop", "1"), 2, 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -579,8 +648,11 @@ def test_what_a_run_trains(trained, cbdm):
     if name == "ADA":
         assert ema.keys() - plain.keys() == {"told.weight"}
         assert not torch.equal(ema["told.weight"], model["told.weight"])
-    elif name == "Overlap":
+    elif name in ("Overlap", "agreement alone", "uniform w, no BA", "DDPM, two passes"):
         assert ema.keys() == plain.keys()
+    elif name == "uniform w":
+        assert all(p.any() for key, p in ema.items() if key.endswith(".B"))
+        assert any(key.endswith(".B") for key in ema)
     elif name == "Group-Expert LoRA":  # ten classes, the most frequent first
         expected = F.pad(F.one_hot(torch.tensor([0] * 3 + [1] * 3 + [2] * 4)), (0, 0, 0, 1)).float()
         assert torch.equal(ema["router"], expected) and torch.equal(model["router"], expected)
@@ -618,12 +690,12 @@ def test_lora_starts_as_the_frozen_network(cbdm):
 
 
 def test_loras_loss_and_gradients_against_plain_loops():
-    config = configure("--no-cm", "--base", "cbdm")
+    config = configure("--no-cm", "--base", "cbdm", "--dropout", "0")
     torch.manual_seed(0)
     unet = baselines.lora_of()(config, len(COUNTS), 1).double()
     for p in unet.parameters():
         nn.init.normal_(p, std=0.1)
-    losses = cm.CapacityManipulation(unet, COUNTS, config)
+    losses = cm.CapacityManipulation.from_config(unet, torch.tensor(COUNTS), config)
     x0, y, t, eps, y_in = batch()
     y_other = torch.tensor([3, 0, 1, 2, 1, 2, 0, 2])
     losses.other_classes = lambda labels: y_other
@@ -665,10 +737,10 @@ def test_lora_of_another_network_or_of_none_is_refused(cbdm, tmp_path):
 
 
 def test_variations_name_options_of_cm():
-    assert list(baselines.BASELINES) == ["ADA", "Overlap", "Group-Expert LoRA", "CBDM (LoRA)"]
     for name, variation in baselines.BASELINES.items():
         config = configure(*variation.flags.split())
-        assert config.no_cm and config.base == ("cbdm" if name == "CBDM (LoRA)" else "ddpm")
+        assert config.no_cm == (name not in ("agreement alone", "uniform w", "uniform w, no BA"))
+        assert config.base == ("cbdm" if name == "CBDM (LoRA)" else "ddpm")
     assert config.steps == 3000
     paper = cm.parse(["--preset", "paper", *baselines.BASELINES["Overlap"].flags.split()])[0]
     assert paper.resolved().base == "ddpm"  # whose own is oc

@@ -1,0 +1,351 @@
+"""The study's arms, settings, stages and claims, fixed before the runs; a run; all runs.
+
+A run (setting, arm, seed) has a process of its own, on a CPU of one thread, and a directory of its
+own. It goes one way: `train`, `sample`, `score`, a row for each network and guidance.
+"""
+
+import contextlib
+import fcntl
+import functools
+import multiprocessing
+import os
+import re
+import subprocess
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import cm
+import fid
+from experiments import baselines, common
+from experiments.baselines import BASELINES, Variation
+
+HERE = Path(__file__).parent
+
+# ------------------------------------------------------------------------------------------------
+# What is compared: fixed before the runs
+
+SHARED = "--dataset fashion16 --base ddpm --dropout 0.1 --lr 3e-3 --warmup 100 --steps 6000"
+SETTINGS = {  # is the network large for its data, or small?
+    "large": f"{SHARED} --image-size 8 --channels 32 --n-max 200",
+    "small": f"{SHARED} --image-size 16 --channels 16 --n-max 1000"}
+
+QUESTION = {
+    "DDPM": Variation("--no-cm"),
+    "CM": Variation(""),
+    "agreement alone": BASELINES["agreement alone"],
+    "capacity alone": Variation("--same-masks"),
+    "DDPM, two passes": BASELINES["DDPM, two passes"]}
+BALANCE = {
+    "RS": Variation("--no-cm --resample 0.5"),
+    "CM with RS": Variation("--resample 0.5"),
+    "capacity alone with RS": Variation("--same-masks --resample 0.5"),
+    "uniform w": BASELINES["uniform w"],
+    "uniform w, no BA": BASELINES["uniform w, no BA"]}  # R-Drop proper
+PARTS = {
+    "BA alone": Variation("--lam 0"),
+    "only L_Con": Variation("--w-div 0"),
+    "as printed": Variation("--w-div 1"),
+    "no fuse": Variation("--div-margin inf"),  # the authors' form
+    "our earlier CM": Variation("--same-masks --w-div 1 --div-margin 0.003"),
+    "OC": Variation("--no-cm --base oc"),
+    "CM on OC": Variation("--base oc"),
+    "capacity alone on OC": Variation("--same-masks --base oc")}
+PAPER = {
+    "CBDM": Variation("--no-cm --base cbdm"),
+    "CM on CBDM": Variation("--base cbdm"),
+    "Focal": Variation("--no-cm --base focal"),
+    "ADA": BASELINES["ADA"],
+    "Group-Expert LoRA": BASELINES["Group-Expert LoRA"],
+    "Overlap": BASELINES["Overlap"],
+    "DDPM, dropout 0": Variation("--no-cm --dropout 0"),
+    "CM, dropout 0": Variation("--dropout 0"),
+    "DDPM, dropout 0.3": Variation("--no-cm --dropout 0.3"),
+    "CM, dropout 0.3": Variation("--dropout 0.3")}
+ARMS = QUESTION | BALANCE | PARTS | PAPER
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    setting: str
+    arm: str
+    seed: int
+
+
+class Point(NamedTuple):
+    """How a run is sampled: network θ, or θ_g without BA."""
+
+    network: str
+    guidance: float
+
+
+class Stage(NamedTuple):
+    """Runs of a setting; points: {arm: [Point]}."""
+
+    setting: str
+    seeds: range
+    points: dict
+
+
+def make_stages():
+    """{name: Stage}, in the order in which they are run, each seed by seed."""
+    both = [Point("θ", 0.0), Point("θ", 1.5)]
+    more = [Point("θ", guidance) for guidance in (0.5, 1.0, 3.0)]
+    general = [Point("θ_g", 0.0), Point("θ_g", 1.5)]
+    four = [arm for arm in QUESTION if arm != "DDPM, two passes"]
+    return {
+        "question": Stage("large", range(20, 30), dict.fromkeys(QUESTION, both)),
+        "balance": Stage("large", range(20, 25), dict.fromkeys(BALANCE, both)),
+        "parts": Stage("large", range(20, 25), dict.fromkeys(PARTS, both)),
+        "paper": Stage("large", range(20, 23), dict.fromkeys(PAPER, both)),
+        "guidance": Stage("large", range(20, 30), {"DDPM": more, "CM": general + more}),
+        "small": Stage("small", range(20, 25), dict.fromkeys([*four, "RS", "CM with RS"], both))}
+
+
+class Claim(NamedTuple):
+    """FD Few of `ours` is below that of `theirs`, or, where not `below`, differs from it."""
+
+    ours: str
+    theirs: str
+    setting: str = "large"
+    guidance: float = 0.0
+    below: bool = True
+
+
+PRIMARY = {1: Claim("CM", "DDPM"), 2: Claim("agreement alone", "DDPM"),
+           3: Claim("capacity alone", "DDPM"), 4: Claim("capacity alone", "CM", below=False)}
+SECONDARY = {5: Claim("CM", "DDPM", guidance=1.5), 6: Claim("CM", "DDPM, two passes"),
+             7: Claim("CM", "uniform w"), 8: Claim("CM with RS", "RS"),
+             9: Claim("CM", "DDPM", "small"), 10: Claim("CM with RS", "RS", "small")}
+
+KEY = ["setting", "arm", "seed", "network", "guidance"]
+WORDS = ("setting", "arm", "network", "status", "device", "options", "commit",
+         "above fuse Many", "above fuse Medium", "above fuse Few")
+
+
+# ------------------------------------------------------------------------------------------------
+# One run: train, sample, score
+
+
+def measure(run, points, flags, runs, num_images, commit):
+    """Train, sample and score a run: a row for each of `points`; None where a signal stopped it.
+
+    In a process of its own; what it prints goes to the run's directory."""
+    directory = runs / re.sub(r"\W+", "-", f"{run.setting}-{run.arm}-{run.seed}")
+    directory.mkdir(parents=True, exist_ok=True)
+    with (locked(directory / "lock"), open(directory / "output.txt", "a", buffering=1) as output,
+          contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
+        try:
+            status = train(run, flags, directory)
+        except SystemExit:  # a signal
+            return None
+        device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
+                  f"CPU, {torch.get_num_threads()} thread")
+        row = run._asdict() | dict(status=status or "finished", device=device, commit=commit,
+                                   options=recorded(run, flags, num_images))
+        if status:
+            return [row | point._asdict() for point in points]
+        files = {point: sample(run, point, directory, num_images) for point in points}
+        return score(run, row, files, directory, runs / "references")
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Inside, no other process is: a killed study may have left a run's process behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def made_of(run):
+    """What `cm.train` and `cm.generate` take besides options."""
+    _, losses, network = ARMS[run.arm]
+    return dict(losses=baselines.counted(losses), network=baselines.with_tally(network))
+
+
+def options_of(run, flags):
+    """A run's options for cm.py: its setting's, those typed, its arm's, its seeds: each seed draws
+    its own images of the data set, too."""
+    seed = str(run.seed)
+    return [*SETTINGS[run.setting].split(), *flags, *ARMS[run.arm].flags.split(),
+            "--seed", seed, "--subset-seed", seed]
+
+
+def recorded(run, flags, num_images):
+    """The column options: what the runs of an arm share; of one given twice the last counts."""
+    options = " ".join([*options_of(run, flags), "--num-images", str(num_images)])
+    last = {option.split(" ")[0]: option for option in re.split(" (?=--)", options)}
+    return common.settings(last.values(), ("--seed", "--subset-seed", "--data", "--device"))
+
+
+def train(run, flags, directory):
+    """Train a run, or go on; "", or at which step it ran off. Raises as `common.run` does."""
+    return common.run(options_of(run, flags), directory / "run", **made_of(run))
+
+
+def sample(run, point, directory, num_images):
+    """Path of a trained run's samples; drawn where they are lacking. Arms of a seed start from the
+    same noise."""
+    path = directory / f"{num_images}-samples-{point.network}-g{point.guidance:g}.npz"
+    if not path.is_file():
+        argv = ["--sample", str(directory / "run" / "checkpoint.pt"), "--out", str(path),
+                "--num-images", str(num_images), "--seed", str(run.seed),
+                "--guidance", str(point.guidance)]
+        config, _ = cm.parse(argv + ["--general-only"] * (point.network == "θ_g"))
+        cm.generate(config, **made_of(run))
+    return path
+
+
+def score(run, row, files, directory, cache):
+    """A row for each of the samples `files`, {Point: path}: `row` and all that is measured."""
+    checkpoint = directory / "run" / "checkpoint.pt"
+    config, ema, counts = cm.load_trained(checkpoint, **made_of(run))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data, splits = cm.Data(config, device), cm.splits(counts)
+    few = torch.as_tensor(splits["Few"], device=device)
+    *losses, d = cm.held_out_loss(ema.to(device), data.held_out, data.held_out_labels, len(counts),
+                                  200, 10)
+    row = row | {f"d {split}": float(d[k].nanmean()) for split, k in splits.items()}
+    row["memorised real"] = memorised(data.held_out[torch.isin(data.held_out_labels, few)],
+                                      data.images)
+    if not config.no_cm:
+        tally = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]["tally"]
+        row |= above_fuse(tally, splits)
+
+    rows = []
+    for point, path in files.items():
+        images, labels, _ = fid.read_images(path)
+        new = row | point._asdict() | {"steps": config.steps, "images": len(images)}
+        new |= scores(images, labels, splits, config, cache, device)
+        for split, k in splits.items():
+            new[f"loss {split}"] = float(losses[point.network == "θ_g"][k].nanmean())
+        new["memorised Few"] = memorised(images[torch.isin(labels, few.cpu())].to(device),
+                                         data.images)
+        rows.append(new)
+    return rows
+
+
+def above_fuse(tally, splits):
+    """Of the samples with w < 0 the share above the fuse, from `Counted`'s [10, C, 3]: of the whole
+    training, and for each split a text with that of each tenth; nan where none was drawn."""
+    negative, above = tally[..., 1].double(), tally[..., 2].double()
+    row = {"above fuse": float(above.sum() / negative.sum())}
+    for split, classes in splits.items():
+        shares = above[:, classes].sum(1) / negative[:, classes].sum(1)
+        row[f"above fuse {split}"] = " ".join(f"{share:.3g}" for share in shares)
+    return row
+
+
+def scores(images, labels, splits, config, cache, device):
+    """FD, precision, recall and accuracy of images [N, C, H, W], overall and by split, in the
+    features of a classifier as fid.py trains it; FD2 of another."""
+    (real, real_labels), held_out = (
+        cm.on_device(*cm.load_dataset(config.dataset, config.data, config.image_size, train)[:2],
+                     "cpu") for train in (True, False))
+    row, everything = {}, np.concatenate(list(splits.values()))
+    for seed, kind in enumerate(("FD", "FD2")):
+        net = common.judge(real, real_labels, held_out, len(everything), device, cache, seed)
+        theirs = fid.extract(net, real, "real images")[0]
+        ours, logits = fid.extract(net, images, "generated images")
+        for group, classes in {"overall": everything, **splits}.items():
+            r, g = (torch.isin(y, torch.as_tensor(classes)) for y in (real_labels, labels))
+            row[f"{kind} {group}"] = fid.frechet_distance(theirs[r], ours[g])
+            if kind == "FD":
+                row[f"precision {group}"], row[f"recall {group}"] = fid.precision_recall(
+                    theirs[r], ours[g])
+                right = logits[g].argmax(1).cpu() == labels[g]
+                row[f"accuracy {group}"] = float(right.double().mean())
+    return row
+
+
+def memorised(images, training):
+    """The share of `images` whose distance to the nearest training image is below a third of that
+    to the second nearest (Yoon et al. 2023). uint8 [N, C, H, W] and [M, C, H, W]."""
+    training = training.flatten(1).double()
+    nearest = torch.cat([torch.cdist(part.flatten(1).double(), training)
+                        .topk(2, largest=False).values for part in images.split(500)])
+    return float((nearest[:, 0] < nearest[:, 1] / 3).double().mean())
+
+
+@functools.cache
+def flops(setting, arm):
+    """FLOPs of one training step, forward and backward, in the setting's own network."""
+    config = cm.parse(options_of(Run(setting, arm, 0), []))[0].resolved()
+    counts = cm.class_counts(config.n_max, config.ir, 10)
+    with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
+        unet = ARMS[arm].network(config, len(counts), 1)
+        losses = ARMS[arm].losses.from_config(unet, torch.tensor(counts), config)
+        x = torch.zeros(config.batch_size, 1, config.image_size, config.image_size)
+        t = torch.zeros(config.batch_size, dtype=torch.long)
+        losses(x, t, t, x, t)[0].backward()
+    return counter.get_total_flops()
+
+
+# ------------------------------------------------------------------------------------------------
+# All runs
+
+
+def missing_points(stages, rows):
+    """[(Run, [Point])] of the stages without a row, in order."""
+    done = set(rows[KEY].itertuples(index=False, name=None)) if len(rows) else set()
+    missing = []
+    for stage in stages:
+        for seed in stage.seeds:
+            for arm, points in stage.points.items():
+                run = Run(stage.setting, arm, seed)
+                left = [p for p in points if (*run[:2], str(seed), p.network, f"{p.guidance:g}")
+                        not in done]
+                if left:
+                    missing.append((run, left))
+    return missing
+
+
+def commit_here():
+    """The commit of the work tree, with "-dirty" where it has been changed; "" without git."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def study(names, path, runs, flags, jobs, num_images):
+    """Run what has no row yet, `jobs` at a time. 0, or 1 where runs were stopped. Raises ValueError
+    on bad options."""
+    stages = [make_stages()[name] for name in names]
+    cm.parse(options_of(Run("large", "CM", 0), flags))[0].resolved()  # for its checks
+    rows = common.read_rows(path)
+    for (setting, arm), part in rows.groupby(["setting", "arm"]) if len(rows) else ():
+        options = recorded(Run(setting, arm, 0), flags, num_images)
+        if set(part["options"]) != {options}:
+            raise ValueError(f"{path} has rows of {arm} that were made with other options than "
+                             f"{options}; name another file with --rows")
+    missing = missing_points(stages, rows)
+    total = sum(len(points) for _, points in missing_points(stages, rows[:0]))
+    to_do = sum(len(points) for _, points in missing)
+    print(f"{total - to_do} rows are there, {to_do} to come of {len(missing)} runs", flush=True)
+    if not torch.cuda.is_available():  # for the processes to come:
+        os.environ["OMP_NUM_THREADS"] = "1"  # results repeat only with the same number of threads
+    stopped, commit = False, commit_here()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
+        tasks = [pool.submit(measure, run, points, flags, runs, num_images, commit)
+                 for run, points in missing]
+        try:
+            for task in as_completed(tasks):
+                new = task.result()
+                stopped |= not new
+                if new:
+                    with locked(path.with_suffix(".lock")):
+                        rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
+                        common.write_rows(path, rows)
+                    print(time.strftime("%H:%M"), *(new[0][name] for name in (*KEY[:3], "status")),
+                          f"FD Few {new[0].get('FD Few', np.nan):.4g}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return int(stopped)
