@@ -1,11 +1,10 @@
 """Capacity Manipulation (CM) for class-imbalanced diffusion models, in one file.
 
-    python cm.py                               # ten classes of shapes, minutes on a CPU
-    python cm.py --dataset fashion --data DIR  # Fashion-MNIST-LT, 16x16, a CPU-sized network
+    python cm.py                               # Fashion-MNIST-LT, 16x16, minutes on a CPU
     python cm.py --dataset cifar10 --ir 100    # the paper's setting: a GPU, 300,000 steps
     python cm.py --dataset folder --data TREE  # your own images, TREE/CLASS/*.jpg
-    python cm.py --out runs/shapes --resume    # go on where a run stopped
-    python cm.py --sample runs/shapes/checkpoint.pt --num-images 1000
+    python cm.py --out runs/fashion16 --resume # go on where a run stopped
+    python cm.py --sample runs/fashion16/checkpoint.pt --num-images 1000
     torchrun --nproc-per-node 4 cm.py --dataset cifar100   # several GPUs (--nnodes: machines)
 
 The method comes first: Eq. (1) capacity reservation, Eqs. (3) and (2) the loss, the diffusion
@@ -23,17 +22,14 @@ import csv
 import dataclasses
 import datetime
 import functools
-import gzip
 import hashlib
 import inspect
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import warnings
-import zlib
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -681,116 +677,23 @@ def splits(counts):
     return {"Many": order[:third], "Medium": order[third:2 * third], "Few": order[2 * third:]}
 
 
-SHAPES = ("disc", "ring", "cross", "bar", "square", "triangle", "crescent", "heart", "star",
-          "frame")
+FASHION16 = Path(__file__).with_name("assets") / "fashion16.npz"  # experiments/make_fashion16.py
 
 
-def box(x, y, a, b):
-    """Signed distance (nearly) from points (x, y) to the rectangle |x| < a, |y| < b."""
-    return np.maximum(abs(x) - a, abs(y) - b)
-
-
-def signed_distance(shape, x, y):
-    """Signed distance, negative inside, from points (x, y) to a shape of about unit radius."""
-    r = np.hypot(x, y)
-    if shape == "disc":
-        return r - 0.85
-    if shape == "ring":
-        return abs(r - 0.7) - 0.22
-    if shape == "cross":
-        return np.minimum(box(x, y, 0.95, 0.28), box(x, y, 0.28, 0.95))
-    if shape == "bar":
-        return np.hypot(x - np.clip(x, -0.75, 0.75), y) - 0.22
-    if shape == "square":
-        return box(x, y, 0.75, 0.75)
-    if shape == "triangle":  # three half-planes
-        normals = np.pi * np.array([0.5, 7 / 6, 11 / 6])
-        return np.max([x * math.cos(a) + y * math.sin(a) for a in normals], 0) - 0.5
-    if shape == "crescent":
-        return np.maximum(r - 0.9, 0.72 - np.hypot(x - 0.42, y))
-    if shape == "heart":  # a square with a half-disc on each of two sides
-        x, y = x + 0.2, y + 0.2
-        discs = np.minimum(np.hypot(x - 0.5, y), np.hypot(x, y - 0.5)) - 0.5
-        return np.minimum(box(x, y, 0.5, 0.5), discs)
-    if shape == "star":  # five-fold symmetry: fold the angle, then one edge from tip to notch
-        a = abs((np.arctan2(y, x) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-        notch = 0.45 * np.array([math.cos(np.pi / 5), math.sin(np.pi / 5)])
-        edge = math.hypot(notch[1], 1.0 - notch[0])
-        normal = np.array([notch[1], 1.0 - notch[0]]) / edge
-        return (r * np.cos(a) - 1.0) * normal[0] + r * np.sin(a) * normal[1]
-    if shape == "frame":
-        return abs(box(x, y, 0.66, 0.66)) - 0.17
-    raise ValueError(f"unknown shape {shape!r}")
-
-
-def draw_shapes(per_class, size, seed):
-    """Anti-aliased coloured shapes, uint8 [10 * per_class, size, size, 3], and labels by class.
-
-    Position, size, angle and hue vary, so a class has real diversity; the ground is black."""
-    rng, images = np.random.RandomState(seed), []
-    grid = (np.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
-    for shape in SHAPES:
-        radius = rng.uniform(0.7, 0.9, (per_class, 1, 1))
-        cx, cy = rng.uniform(-1, 1, (2, per_class, 1, 1)) * (1 - radius)
-        angle = rng.uniform(0, 2 * np.pi, (per_class, 1, 1))
-        u = (grid[None, None, :] - cx) / radius
-        v = (grid[None, :, None] - cy) / radius
-        x = u * np.cos(angle) + v * np.sin(angle)
-        y = v * np.cos(angle) - u * np.sin(angle)
-        cover = np.clip(0.5 - signed_distance(shape, x, y) * radius * size / 2, 0, 1)[..., None]
-        hue = rng.uniform(0, 1, (per_class, 1, 1, 1)) + np.array([0, 1 / 3, 2 / 3])
-        colour = np.clip(1.5 * np.cos(2 * np.pi * hue) + 0.75, 0.05, 1)
-        images.append(np.rint(255 * (cover * colour)).astype(np.uint8))
-    return np.concatenate(images), np.repeat(np.arange(len(SHAPES)), per_class)
-
-
-def read_idx(path):
-    """The uint8 array of an idx file (MNIST's format), gzipped or not. Raises ValueError."""
+def fetch(name, root, train):
+    """A torchvision data set, downloaded if need be. Raises ValueError."""
+    packed = (root / "train-images-idx3-ubyte.gz").is_file()  # as Debian's package has them
+    if name == "fashion" and packed and not (root / "FashionMNIST" / "raw").is_dir():
+        raw = "data/FashionMNIST/raw"
+        raise ValueError(f"{root} holds packed files; type mkdir -p {raw} && cp {root}/*.gz {raw} "
+                         f"&& gunzip {raw}/*.gz, then leave --data away")
+    kind = "FashionMNIST" if name == "fashion" else name.upper()
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            raw = file.read()
-        dims = np.frombuffer(raw, ">u4", raw[3], 4) if raw[:3] == b"\0\0\x08" else ()
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
-    except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error):
-        raise ValueError(f"{path} is not a whole idx file of bytes; fetch it again") from None
-
-
-def read_fashion(root, train):
-    """Fashion-MNIST, uint8 [N, 32, 32, 1] (padded), and labels: from idx files in `root`, else
-    through torchvision. Raises ValueError."""
-    stem = "train" if train else "t10k"
-    names = [f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"]
-    found = [path for name in names for path in sorted(root.glob(name + "*"))[:1]]
-    if len(found) == 1:
-        missing = next(name for name in names if not found[0].name.startswith(name))
-        raise ValueError(f"{root} lacks {missing}[.gz]")
-    if found:
-        images, labels = map(read_idx, found)
-    else:
-        data = fetch(torchvision.datasets.FashionMNIST, root, train)
-        images, labels = data.data.numpy(), data.targets.numpy()
-    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise ValueError(f"{root}: {len(images)} images and {len(labels)} labels don't make a "
-                         f"Fashion-MNIST set")
-    pad = (32 - images.shape[1]) // 2
-    images = np.pad(images, ((0, 0), (pad, pad), (pad, pad)))[..., None]  # [N, 32, 32, 1]
-    return images, labels.astype(np.int64)
-
-
-def fetch(dataset, root, train):
-    """A torchvision data set, downloaded if need be. Raises ValueError, and leaves no empty
-    folders, where it can't."""
-    folders = [root / dataset.__name__ / "raw", root / dataset.__name__, root]
-    new = [d for d in folders if not d.exists()]
-    try:
-        return dataset(root, train=train, download=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
-        for d in new:
-            if d.is_dir() and not any(d.iterdir()):
-                d.rmdir()
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise ValueError(f"{dataset.__name__} is neither whole in {root} nor could it be fetched "
-                         f"({reason}); --data names the directory that holds it") from None
+        return getattr(torchvision.datasets, kind)(root, train=train, download=True)
+    except Exception as e:  # torchvision, urllib and pickle have many kinds
+        raise ValueError(f"{kind} is neither whole in {root} nor could it be fetched "
+                         f"({e or type(e).__name__}); --data names the directory that holds "
+                         f"it") from None
 
 
 def read_folder(root, size, train):
@@ -864,25 +767,32 @@ def load_dataset(name, data=None, image_size=32, train=True):
         if not train and not (root / "val").is_dir():
             return np.empty((0, image_size, image_size, 3), np.uint8), np.empty(0, np.int64), []
         return read_folder(root, image_size, train)
-    if name == "shapes":
-        images, labels = draw_shapes(1000 if train else 64, image_size, seed=0 if train else 1)
-        return images, labels, list(SHAPES)
-    if name == "fashion":
-        images, labels = read_fashion(root, train)
-        names = list(torchvision.datasets.FashionMNIST.classes)
-    elif name in ("cifar10", "cifar100"):
-        cifar = fetch(getattr(torchvision.datasets, name.upper()), root, train)
-        images, labels, names = cifar.data, np.asarray(cifar.targets, np.int64), list(cifar.classes)
-    else:
+    if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
+    check(name != "fashion16" or data is None, "data", data,
+          "left away with fashion16, which lies beside cm.py")
+    sizes = (8, 16) if name == "fashion16" else (8, 16, 32)
+    check(image_size in sizes, "image_size", image_size,
+          f"{' or '.join(map(str, sizes))} for {name}")
+    if name == "fashion16":
+        part, names = "train" if train else "test", torchvision.datasets.FashionMNIST.classes
+        with np.load(FASHION16) as file:
+            images, labels = file[f"{part}_images"][..., None], file[f"{part}_labels"]
+    else:
+        whole = fetch(name, root, train)
+        images, labels, names = np.asarray(whole.data), np.asarray(whole.targets), whole.classes
+        if name == "fashion":
+            images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]  # [N, 32, 32, 1]
+    return shrink(images, image_size), labels.astype(np.int64), list(names)
+
+
+def shrink(images, size):
+    """uint8 [N, H, H, C] averaged to [N, size, size, C]; size divides H."""
     n, side, _, channels = images.shape
-    if side % image_size:
-        raise ValueError(f"--image-size is {image_size}; for {name} it must divide {side}")
-    f = side // image_size
-    if f > 1:  # average pooling
-        images = images.reshape(n, image_size, f, image_size, f, channels).mean((2, 4), np.float32)
-        images = np.rint(images).astype(np.uint8)
-    return images, labels, names
+    if side == size:
+        return images
+    blocks = images.reshape(n, size, side // size, size, side // size, channels)
+    return np.rint(blocks.mean((2, 4), np.float32)).astype(np.uint8)
 
 
 def on_device(images, labels, device):
@@ -1620,7 +1530,7 @@ PRESETS = {
                   dropout=0.1, rank_ratio=0.1, batch_size=32, steps=4200, lr=3e-3, warmup=None,
                   base="ddpm", log_every=50, checkpoint_every=500),
 }
-DATASETS = {"shapes": "small", "fashion": "small", "cifar10": "paper", "cifar100": "paper",
+DATASETS = {"fashion16": "small", "fashion": "small", "cifar10": "paper", "cifar100": "paper",
             "folder": "paper"}
 
 
@@ -1632,10 +1542,10 @@ def option(group, default, help, **extra):
 class Config:
     """Every option of a run. `config.json` in the run directory holds it, presets filled in."""
 
-    dataset: str = option("data", "shapes", "images to train on", choices=list(DATASETS))
+    dataset: str = option("data", "fashion16", "images to train on", choices=list(DATASETS))
     data: str = option(
-        "data", None, "where they lie: torchvision's root, four idx files (fashion), or an image "
-        "tree (folder; held-out images in DIR/val) [default: data]")
+        "data", None, "where they lie: torchvision's root, or an image tree (folder; held-out "
+        "images in DIR/val); fashion16 lies beside cm.py [default: data]")
     ir: float = option(
         "data", None, "imbalance ratio, most over least frequent class; 1 keeps the set as it is "
         "(Sec. 4.1) [default: 100; folder: 1]")
@@ -1648,11 +1558,12 @@ class Config:
         "data", 1.0, "draw classes with p_c ~ N_c^q: 0.5 square root, 0 class-balanced, 1 off "
         "(Sec. 4.1, RS)", metavar="Q")
     flip: bool = option(
-        "data", None, "horizontal flips [default: yes; fashion: no, its shoes all point one way]")
+        "data", None, "horizontal flips [default: yes; fashion, fashion16: no, their shoes all "
+        "point one way]")
 
     preset: str = option(
-        "network", None, "the paper's (Sec. G.1), or small, for a CPU [default: small for shapes "
-        "and fashion, else paper]", choices=list(PRESETS))
+        "network", None, "the paper's (Sec. G.1), or small, for a CPU [default: small for "
+        "fashion16 and fashion, else paper]", choices=list(PRESETS))
     image_size: int = option("network", None, "side of the square images, in pixels")
     channels: int = option("network", None, "width of the first level")
     multipliers: tuple = option(
@@ -1738,7 +1649,7 @@ class Config:
         if config.ir is None:
             config.ir = 1.0 if config.dataset == "folder" else 100.0
         if config.flip is None:
-            config.flip = config.dataset != "fashion"
+            config.flip = config.dataset not in ("fashion16", "fashion")
         if config.warmup is None:  # the paper's 5,000 of 300,000, scaled to the planned length
             config.warmup = max(1, config.steps // 60)
         config.out = config.out or f"runs/{config.dataset}"
@@ -1767,8 +1678,6 @@ class Config:
               "divisible by 32, GroupNorm's groups, from 128 on")
         check(self.resample <= 10, "resample", self.resample, "at most 10")
         check(min(self.multipliers) >= 1, "multipliers", self.multipliers, "at least 1 a level")
-        check(self.dataset in ("shapes", "folder") or 32 % self.image_size == 0, "image_size",
-              self.image_size, f"a divisor of 32 for {self.dataset}")
         stride = 2 ** (len(self.multipliers) - 1)
         check(self.image_size % stride == 0, "image_size", self.image_size,
               f"divisible by the network's stride, {stride}")

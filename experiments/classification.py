@@ -1,6 +1,6 @@
 """Does CM help beyond diffusion? Long-tailed classification, as in Tab. G.13.
 
-    python -m experiments.classification --data /usr/share/datasets/fashion-mnist
+    python -m experiments.classification
     python -m experiments.classification --table    # only the tables and assets/classification.png
     python -m experiments.classification --dataset cifar100 --network resnet18 --epochs 200 \\
         --rows cifar100.csv --assets .              # the paper's setting: 87 trainings on a GPU
@@ -217,11 +217,11 @@ def draw(rows, path):
 def main(argv=None):
     parser = common.parser("classification", __doc__, seeds=range(10, 15))
     parser.add_argument("--dataset", choices=[d for d in cm.DATASETS if d != "folder"],
-                        default="fashion", help="[default: fashion]")
+                        default="fashion16", help="[default: fashion16]")
     parser.add_argument("--data", help="where it lies [default: data]")
     parser.add_argument("--ir", type=float, default=100.0, help="imbalance ratio [default: 100]")
     parser.add_argument("--n-max", type=int,
-                        help="images in the largest class [default: fashion 1000, else all]")
+                        help="images in the largest class [default: all; fashion: 1000]")
     parser.add_argument("--network", choices=list(SIZES), default="small",
                         help="four blocks for 16x16 images, ResNet-18 for 32x32 [default: small]")
     parser.add_argument("--epochs", type=int, default=60, help="[default: 60]")

@@ -1,6 +1,6 @@
 """Does CM help a consistency model, which draws an image in one or two steps? Tab. G.9.
 
-    python -m experiments.consistency --data /usr/share/datasets/fashion-mnist
+    python -m experiments.consistency
     python -m experiments.consistency --table       # only the table, and assets/consistency.png
 
 Consistency training (CT; Song et al. 2023, "Song" below), without and with CM. F is cm.py's UNet,

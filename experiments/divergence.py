@@ -1,6 +1,6 @@
 """Why Eq. (2) as printed has no minimum: the same run with margin inf and with the default.
 
-    python -m experiments.divergence --data /usr/share/datasets/fashion-mnist
+    python -m experiments.divergence
     python -m experiments.divergence --table       # only the table, and assets/divergence.png
 
 DDPM and OC bases, each at lr 1e-3 (2,500 steps) and at the paper's 2e-4 (5,000). A class has run

@@ -1,7 +1,7 @@
 """Are the generated images of use? A classifier trained with them, as in Tab. G.8.
 
-    python -m experiments.downstream --data /usr/share/datasets/fashion-mnist
-    python -m experiments.downstream --data DIR --samples mine.npz   # your images; beside our rows
+    python -m experiments.downstream
+    python -m experiments.downstream --samples mine.npz   # your images; beside our rows
     python -m experiments.downstream --table        # only the tables and assets/downstream.png
 
 The classifier of classification.py, for as many steps each: on the long-tailed set alone; with five

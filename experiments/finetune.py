@@ -1,6 +1,6 @@
 """Does CM help where a pre-trained network is fine-tuned in a low rank (Sec. 3.3, Tab. 6)?
 
-    python -m experiments.finetune --data /usr/share/datasets/fashion-mnist
+    python -m experiments.finetune
     python -m experiments.finetune --table       # only the table, and assets/finetune.png
     python -m experiments.finetune --pretrained PIPELINE --data TREE       # Stable Diffusion
 

@@ -1,7 +1,7 @@
 """The theory on a real network: per-sample gradients of the largest and the smallest class, against
 Theorem 2.1.
 
-    python -m experiments.gradients --data /usr/share/datasets/fashion-mnist
+    python -m experiments.gradients
     python -m experiments.gradients --table       # only the tables, and assets/gradients.png
 
 Trains DDPM and CM, a run a seed (options that aren't its own go to cm.py), and stops at `--at`

@@ -1,7 +1,7 @@
 """A frequent class above the rare ones from the same noise: real, plain DDPM, CM, CM's θ_g.
 
-    python cm.py --dataset fashion --data DIR --n-max 1000 --steps 6000 --no-cm --out runs/plain
-    python cm.py --dataset fashion --data DIR --n-max 1000 --steps 6000 --out runs/cm
+    python cm.py --steps 6000 --no-cm --out runs/plain
+    python cm.py --steps 6000 --out runs/cm
     python -m experiments.picture runs/plain/checkpoint.pt runs/cm/checkpoint.pt  # assets/rare.png
 """
 

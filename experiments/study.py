@@ -1,11 +1,11 @@
 """When does CM help? Methods x seeds on Fashion-MNIST-LT: less and more data, shorter and longer
 training, without and with guidance.
 
-    python -m experiments.study --data /usr/share/datasets/fashion-mnist   # what has no row yet
-    python -m experiments.study --data DIR --stage 1000       # one stage (make_stages has them)
+    python -m experiments.study                               # what has no row yet
+    python -m experiments.study --stage 1000                  # one stage (make_stages has them)
     python -m experiments.study --table                       # tables and pictures of the rows
     python -m experiments.study --table --summary             # the claims and the map's numbers
-    python -m experiments.study --table --rows experiments/results/first_study.csv
+    python -m experiments.study --table --rows experiments/results/f7283d9/first_study.csv
 
 Options that aren't its own go to every run of cm.py. Each run has a process (on a CPU: one thread)
 and a directory of its own, which keeps checkpoints and samples of every point; a killed run goes on
@@ -121,7 +121,7 @@ def equal_compute(steps):
     a whole batch: BA is formed once a step, whatever the number of images."""
     flops = []
     for no_cm in (True, False):
-        config = cm.Config(dataset="fashion", no_cm=no_cm).resolved()
+        config = cm.Config(no_cm=no_cm).resolved()
         with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
             unet = cm.make_unet(config, 10, 1)
             x = torch.zeros(config.batch_size, 1, config.image_size, config.image_size)
@@ -744,7 +744,8 @@ def main(argv=None):
     parser = common.parser("study", __doc__)
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     parser.add_argument("--stage", choices=list(make_stages()), nargs="+",
-                        default=list(make_stages()))
+                        default=[name for name in make_stages() if name != "6000"],
+                        help="[default: all but 6000: it takes --dataset fashion]")
     parser.add_argument("--summary", action="store_true", help="with --table: the README's tables")
     parser.add_argument("--jobs", type=int, default=cores, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"),

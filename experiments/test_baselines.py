@@ -1,7 +1,6 @@
 """Tests of baselines.py: each against a writing of its own, then in runs of cm.py."""
 
 import copy
-import functools
 import math
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import cm
 from experiments import baselines
 
 torch.set_num_threads(1)  # results repeat with as many threads
-MINIATURE = ["--dataset", "shapes", "--channels", "8", "--multipliers", "1", "2",
+MINIATURE = ["--channels", "8", "--multipliers", "1", "2",
              "--image-size", "8", "--batch-size", "8", "--rank-ratio", "0.5", "--warmup", "1",
              "--log-every", "2", "--device", "cpu"]
 COUNTS = [5, 40, 2, 10]  # Many: 1, Medium: 3, Few: 0 and 2
@@ -480,12 +479,6 @@ def test_two_encodings_keep_their_experts_apart():
 
 # ------------------------------------------------------------------------------------------------
 # Runs of cm.py
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with mock.patch.object(cm, "draw_shapes", functools.cache(cm.draw_shapes)):
-        yield
 
 
 def options(name, out, *more):

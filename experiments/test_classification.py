@@ -24,7 +24,7 @@ from experiments import classifiers, common  # noqa: E402
 torch.set_num_threads(1)  # results repeat with as many threads
 COUNTS = torch.tensor([40.0, 10.0, 5.0, 2.0])
 HOW = classifiers.How("logits", 0.1, 0.3)
-ARGS = ["--dataset", "shapes", "--n-max", "12", "--ir", "6", "--epochs", "3", "--bases", "LA",
+ARGS = ["--n-max", "12", "--ir", "6", "--epochs", "3", "--bases", "LA",
         "--seeds", "5", "--runs", "runs", "--rows", "rows.csv", "--assets", "."]
 
 
@@ -194,7 +194,7 @@ def test_theta_and_theta_g_are_reported_as_what_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(classifiers, "accuracies", lambda plain, judged, groups, kind: (
         seen.update({kind: plain}), {})[1])
     images = classifiers.Images(cm.to_uint8(x), y)
-    args = SimpleNamespace(epochs=1, dataset="fashion", network="small", runs=tmp_path)
+    args = SimpleNamespace(epochs=1, dataset="fashion16", network="small", runs=tmp_path)
     key = dict(zip(cls.KEY, ("test", "LA", *HOW, 5), strict=True))
     cls.measure(args, key, HOW, (images, images, list("abcd")), "options")
     theta = cm.merge(net).state_dict()
@@ -262,33 +262,23 @@ def test_theta_g_gets_statistics_of_its_own():
 
 
 @pytest.fixture
-def shapes(monkeypatch):
-    """As cm.py's shapes, 40 images a class (a class: 60) to train, 4 to test."""
-    draw, made = cm.draw_shapes, {}
-
-    def few(per_class, size, seed):
-        if (size, seed) not in made:
-            images, labels = draw(4 if seed else 60, size, seed)
-            keep = np.concatenate([np.where(labels == k)[0][:60 if k == 3 else 40]
-                                   for k in range(10)])
-            made[size, seed] = images[keep], labels[keep]
-        return made[size, seed]
-
-    monkeypatch.setattr(cm, "draw_shapes", few)
+def few(fewer_images):
+    """40 images a class (a class: 60) to train, 4 to test."""
+    fewer_images([40] * 3 + [60] + [40] * 6, 4)
 
 
 @pytest.mark.parametrize("n_max, of_validation", [(12, 12), (None, 32)])
-def test_training_images_are_cms_and_validation_takes_none_of_them(shapes, n_max, of_validation):
-    training, test, names = classifiers.read("shapes", None, 16, n_max, 4, "cpu")
-    data = cm.Data(cm.Config(dataset="shapes", ir=4, n_max=n_max).resolved())
+def test_training_images_are_cms_and_validation_takes_none_of_them(few, n_max, of_validation):
+    training, test, names = classifiers.read("fashion16", None, 16, n_max, 4, "cpu")
+    data = cm.Data(cm.Config(ir=4, n_max=n_max).resolved())
     assert names == data.names and equal(test, (data.held_out, data.held_out_labels))
     assert equal(training, (data.images, data.labels))
-    training, judged, _ = classifiers.read("shapes", None, 16, n_max, 4, "cpu", True)
+    training, judged, _ = classifiers.read("fashion16", None, 16, n_max, 4, "cpu", True)
     assert training.labels.bincount().tolist() == cm.class_counts(of_validation, 4, 10)
     assert judged.labels.bincount().tolist() == [8] * 10  # a fifth of 40
     taken, left = ({x.numpy().tobytes() for x in part.images} for part in (training, judged))
     assert len(left) == 80 and not taken & left
-    images, labels, _ = cm.load_dataset("shapes", None, 16)
+    images, labels, _ = cm.load_dataset("fashion16", None, 16)
     every = {x.transpose(2, 0, 1).tobytes(): y for x, y in zip(images, labels, strict=True)}
     assert all(every[x.numpy().tobytes()] == y for x, y in zip(*judged, strict=True))
 
@@ -483,7 +473,7 @@ def test_what_is_trained_and_for_how_long(tmp_path, monkeypatch, capsys):
     images = classifiers.Images(torch.zeros(300, 1, 16, 16, dtype=torch.uint8),
                                 torch.tensor([0] * 199 + [1] * 101))
     key = dict(zip(cls.KEY, ("test", "LA", *HOW, 5), strict=True))
-    for dataset, augment in (("fashion", False), ("cifar100", True)):
+    for dataset, augment in (("fashion16", False), ("cifar100", True)):
         args = SimpleNamespace(epochs=3, dataset=dataset, network="small", runs=tmp_path)
         found = cls.measure(args, key, HOW, (images, images, ["a", "b"]), "options")
         assert found["status"] == "not finite at step 9"
@@ -509,7 +499,7 @@ def test_what_is_trained_and_for_how_long(tmp_path, monkeypatch, capsys):
 
 
 def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
-        shapes, kills_at, tmp_path, monkeypatch, capsys):
+        few, kills_at, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cls, "CANDIDATES", [HOW, classifiers.How("softmax", 1e-3, 0.1)])
     monkeypatch.setattr(classifiers, "BATCH", 32)
     results, real, judged_by = {}, cls.measure, []
@@ -551,7 +541,7 @@ def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
         assert "made with other options" in capsys.readouterr().err
 
 
-def test_a_run_that_ran_off_is_a_row(shapes, tmp_path, monkeypatch, capsys):
+def test_a_run_that_ran_off_is_a_row(few, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cls, "CANDIDATES", [HOW, classifiers.How("softmax", 1e-3, 0.1)])
     monkeypatch.setattr(classifiers, "BATCH", 32)
@@ -580,10 +570,10 @@ def test_a_run_that_ran_off_is_a_row(shapes, tmp_path, monkeypatch, capsys):
     ("--bases OC", "invalid choice"), ("--dataset folder", "invalid choice"),
     ("--dataset fashion --data none", "none"), ("--steps 3", "unrecognized"),
     ("--table", "has no rows")])
-def test_bad_input_is_one_line_and_status_2(arguments, says, shapes, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_status_2(arguments, says, few, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        cls.main(["--dataset", "shapes", "--rows", "rows.csv", "--assets", ".",
+        cls.main(["--rows", "rows.csv", "--assets", ".",
                   *arguments.split()])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and says in err and len(err.splitlines()) == 1, err

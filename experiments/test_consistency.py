@@ -21,7 +21,7 @@ from experiments import common  # noqa: E402
 from experiments import consistency as ct  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
-ARGS = ["--dataset", "shapes", "--n-max", "8", "--ir", "2", "--image-size", "8", "--channels", "8",
+ARGS = ["--n-max", "8", "--ir", "2", "--image-size", "8", "--channels", "8",
         "--multipliers", "1", "2", "--rank-ratio", "0.25", "--batch-size", "4", "--steps", "3",
         "--num-images", "100", "--seeds", "5", "--runs", "runs", "--rows", "rows.csv",
         "--assets", "."]
@@ -260,7 +260,7 @@ def test_one_and_two_steps_from_noise_of_each_image():
 
 
 def fake_scores(path, dataset, data, features, **_):
-    assert (dataset, data, features) == ("shapes", None, "classifier")
+    assert (dataset, data, features) == ("fashion16", None, "classifier")
     images, labels, counts = fid.read_images(path)
     assert labels.bincount().tolist() == [10] * 10 and len(counts) == 10
     return {s: {"FD": images.float().mean().item()} for s in ct.SPLITS}

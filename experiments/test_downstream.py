@@ -1,6 +1,5 @@
 """Tests of downstream.py. They need pandas, tabulate and scikit-learn."""
 
-import functools
 import re
 import signal
 import sys
@@ -21,7 +20,7 @@ from experiments import classifiers, common  # noqa: E402
 from experiments import downstream as down  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
-ARGS = ["--dataset", "shapes", "--n-max", "12", "--ir", "6", "--image-size", "8", "--channels", "4",
+ARGS = ["--n-max", "12", "--ir", "6", "--image-size", "8", "--channels", "4",
         "--multipliers", "1", "2", "--batch-size", "4", "--steps", "3", "--classifier-steps", "3",
         "--seeds", "20", "--generator-seeds", "5", "--runs", "runs", "--generators", "gen",
         "--rows", "rows.csv", "--assets", "."]
@@ -30,11 +29,9 @@ TOTAL = 5 * sum(COUNTS)
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """As cm.py's shapes, 20 images a class to train, 4 to test; small batches, short milestones."""
-    draw = functools.cache(cm.draw_shapes)
-    monkeypatch.setattr(cm, "draw_shapes",
-                        lambda _, size, seed: draw(4 if seed else 20, size, seed))
+def small(monkeypatch, fewer_images):
+    """20 images a class to train, 4 to test; small batches, short milestones."""
+    fewer_images(20, 4)
     monkeypatch.setattr(classifiers, "BATCH", 16)
     monkeypatch.setattr(down, "MILESTONE", 2)
     monkeypatch.setattr(cm, "report", lambda *_: print("reported"))  # it takes the longest
@@ -43,7 +40,7 @@ def small(monkeypatch):
                         lambda *a, **options: train(*a, **options | {"steps": 2}))
 
 
-def write_npz(path, labels, side=8, channels=3, seed=0, **more):
+def write_npz(path, labels, side=8, channels=1, seed=0, **more):
     images = np.random.RandomState(seed).randint(256, size=(len(labels), side, side, channels))
     np.savez(path, arr_0=images.astype(np.uint8), **more)
 
@@ -68,7 +65,7 @@ def trained_on(monkeypatch, arguments, runs):
         assert not path.is_file()
         calls[runs[len(calls)]] = dict(training=training, counts=counts, base=base, steps=steps,
                                        seed=seed, path=path, **how)
-        net = classifiers.Network("small", 3, 10)
+        net = classifiers.Network("small", 1, 10)
         return net.eval()
 
     monkeypatch.setattr(classifiers, "fit", fit)
@@ -93,7 +90,7 @@ def test_training_sets_are_of_the_right_size_and_balance(tmp_path, monkeypatch):
     runs = [(setting, seed) for seed in (20, 21, 22) for setting in settings]
     calls = trained_on(monkeypatch, [*ARGS, "--seeds", "20", "21", "22", "--generator-seeds", "5",
                                      "6"], runs)
-    real = cm.Data(cm.Config(dataset="shapes", ir=6, n_max=12, image_size=8).resolved())
+    real = cm.Data(cm.Config(ir=6, n_max=12, image_size=8).resolved())
     for (setting, seed), call in calls.items():
         training = call["training"]
         assert call["counts"] == COUNTS and call["steps"] == 3 and call["seed"] == seed
@@ -145,7 +142,7 @@ def test_the_judge_is_trained_on_the_whole_balanced_set(tmp_path, monkeypatch):
     train = fid.train_classifier
     monkeypatch.setattr(fid, "train_classifier", lambda *a, **more: (
         seen.append(a), seeds.append(more["seed"]), train(*a, **more))[2])
-    config = cm.Config(dataset="shapes", ir=6, n_max=12, image_size=8).resolved()
+    config = cm.Config(ir=6, n_max=12, image_size=8).resolved()
     args = SimpleNamespace(samples=[], runs=tmp_path)
     setup = down.Setup(args, config, [])
     nets = [setup.judge(), setup.judge()]
@@ -153,14 +150,14 @@ def test_the_judge_is_trained_on_the_whole_balanced_set(tmp_path, monkeypatch):
     images, labels, *test = seen[0][:4]
     assert labels.bincount().tolist() == [20] * 10 and test[1].bincount().tolist() == [4] * 10
     assert len(images) == 200 and not nets[0].training
-    x = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    x = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
     assert torch.equal(nets[0](x)[1], nets[1](x)[1])
 
     calls = []
     monkeypatch.setattr(classifiers, "fit", lambda *a, **how: (
-        calls.append(how["augment"]), classifiers.Network("small", 3, 10).eval())[1])
+        calls.append(how["augment"]), classifiers.Network("small", 1, 10).eval())[1])
     args.network, args.classifier_steps = "small", 3
-    for dataset in ("cifar10", "fashion"):  # whose shoes all point one way
+    for dataset in ("cifar10", "fashion16"):  # whose shoes all point one way
         setup.config = cm.Config(dataset=dataset)
         setup.measure("LA", "", 5, tmp_path / "x.pt", "")
     assert calls == [True, False]
@@ -204,7 +201,7 @@ def test_what_is_drawn_and_from_which_generator(tmp_path, monkeypatch):
         made.append((steps, cm.parse(flags)[0].resolved(), directory, before)),
         directory / f"checkpoint-{steps}.pt")[1])
     monkeypatch.setattr(cm, "generate", lambda config: drawn.append(config))
-    config = cm.Config(dataset="shapes", ir=6, n_max=12, image_size=8, steps=4).resolved()
+    config = cm.Config(ir=6, n_max=12, image_size=8, steps=4).resolved()
     args = SimpleNamespace(samples=[], runs=tmp_path / "r", generators=Path("gen"), sampler="ddim")
     setup = down.Setup(args, config, ["--n-max", "12", "--preset", "paper"])  # whose base is OC
     for generator, no_cm, resample in (("DDPM", True, 1), ("RS", True, 0.5), ("CM", False, 1)):
@@ -232,14 +229,14 @@ def test_images_keep_their_labels_and_the_test_set_judges(tmp_path, monkeypatch)
     grey = np.broadcast_to(20 * labels[:, None, None, None], (len(labels), 8, 8, 3))
     np.savez("grey.npz", arr_0=grey.astype(np.uint8), arr_1=labels)
     torch.manual_seed(0)
-    net, seen = classifiers.Network("small", 3, 10).eval(), []
+    net, seen = classifiers.Network("small", 1, 10).eval(), []
     monkeypatch.setattr(classifiers, "fit", lambda name, training, *_, **__: (
         seen.append(training), net)[1])
     assert down.main([*ARGS, "--samples", "grey.npz"]) == 0
     generated, of = (part[sum(COUNTS):] for part in seen[-1])
     assert len(of) == TOTAL and torch.equal(generated[:, 0, 0, 0].long(), 20 * of)
     row = common.read_rows(Path("rows.csv")).iloc[-1]
-    images, truth, _ = cm.load_dataset("shapes", None, 8, train=False)
+    images, truth, _ = cm.load_dataset("fashion16", None, 8, train=False)
     x = cm.to_float(torch.from_numpy(images).permute(0, 3, 1, 2))
     with torch.no_grad():
         predicted = net(x).argmax(1)

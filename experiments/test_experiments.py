@@ -32,15 +32,9 @@ torch.set_num_threads(1)  # pytest -n 2 runs two processes; results repeat with 
 ROOT = Path(cm.__file__).parent
 RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "experiments" / "README.md").read_text()
-MINIATURE = ["--dataset", "shapes", "--channels", "8", "--multipliers", "1", "2",
+MINIATURE = ["--channels", "8", "--multipliers", "1", "2",
              "--image-size", "8", "--batch-size", "8", "--rank-ratio", "0.25",
              "--warmup", "1", "--log-every", "2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with mock.patch.object(cm, "draw_shapes", functools.cache(cm.draw_shapes)):
-        yield
 
 
 def tiny_losses(reserve):
@@ -119,7 +113,7 @@ def test_options_that_mean_nothing_are_refused_by_name_and_by_group():
     from experiments import common
     flags, config, typed = common.configured(
         ["--lam", "2", "--guidance", "1"], ["base", "sampling"], ["guidance"], n_max="40")
-    assert flags == ["--lam", "2", "--guidance", "1", "--dataset", "fashion", "--n-max", "40"]
+    assert flags == ["--lam", "2", "--guidance", "1", "--dataset", "fashion16", "--n-max", "40"]
     assert (config.lam, config.guidance, config.n_max, config.image_size) == (2, 1, 40, 16)
     assert typed == {"lam", "guidance", "dataset", "n_max"}
     for wrong in ("--base ddpm", "--sampler dpm"):
@@ -175,10 +169,10 @@ def test_options_of_cm_and_of_a_table(tmp_path):
     assert settings(["--data", "X", *steps]) == settings([*steps, "--data", "Y Z"]) == "--steps 3"
     assert settings([*steps, "--lr", "1"]) == settings(["--lr", "1", *steps]) == "--lr 1 --steps 3"
     for typed in (["--steps", "9"], ["--steps=9"]):
-        assert with_defaults(typed, steps="7") == ["--steps", "9", "--dataset", "fashion"]
+        assert with_defaults(typed, steps="7") == ["--steps", "9", "--dataset", "fashion16"]
     assert with_defaults([], steps="7", rank_ratio="0.5") == [
-        "--dataset", "fashion", "--steps", "7", "--rank-ratio", "0.5"]
-    assert with_defaults(["--out=a=b"]) == ["--out", "a=b", "--dataset", "fashion"]
+        "--dataset", "fashion16", "--steps", "7", "--rank-ratio", "0.5"]
+    assert with_defaults(["--out=a=b"]) == ["--out", "a=b", "--dataset", "fashion16"]
     with pytest.raises(ValueError, match="rank-ratio"):
         with_defaults(["--rank-ratio", "2"])
     rows = common.text([dict(x=1, options="--lr 1"), dict(x=2, options="--lr 2")])
@@ -209,6 +203,60 @@ def test_rows_are_looked_up_and_added(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no column 'options'"):
         common.has_row(path, "--lr 1", seed=1)
+
+
+def test_a_table_shows_our_earlier_rows_until_there_are_new_ones_and_nothing_is_added_to_them(
+        tmp_path):
+    from experiments import common
+    path, earlier = tmp_path / "rows.csv", tmp_path / "f7283d9" / "rows.csv"
+    common.write_rows(earlier, common.text([dict(x=1, options="--lr 1")]))
+    before = earlier.read_bytes()
+    assert common.read_table(path)["x"].tolist() == ["1"]
+    assert not common.has_row(path, "--lr 1", x=1)
+    common.add_rows(path, "--lr 1", [dict(x=2)])
+    assert common.read_table(path)["x"].tolist() == ["2"] and earlier.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------
+# make_fashion16.py
+
+
+@pytest.mark.parametrize("per_class", [3, 7])
+def test_fashion16_is_laid_out_so_that_the_same_images_are_drawn(per_class):
+    from experiments import make_fashion16
+    labels = np.random.RandomState(5).permutation(np.repeat(np.arange(10, dtype=np.uint8), 9))
+    images = np.arange(90, dtype=np.uint8)[:, None, None]  # each knows its number
+    stored, kept = make_fashion16.lay_out(images, labels, per_class)
+    assert kept.tolist() == np.repeat(range(10), per_class).tolist()
+    for ir in (1, 3):
+        of_all = images[cm.long_tail_indices(labels, ir, n_max=per_class)]
+        of_few = stored[cm.long_tail_indices(kept, ir, n_max=per_class)]
+        assert of_few.tolist() == of_all.tolist()
+    assert (labels[stored[:, 0, 0]] == kept).all()
+
+
+def test_fashion16_is_what_debians_files_make(tmp_path):
+    """The long-tailed set and the test images are those of the 60,000 and the 10,000."""
+    import gzip
+    from experiments import make_fashion16
+    if not make_fashion16.DEBIAN.is_dir():
+        pytest.skip("apt-get install dataset-fashion-mnist")
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in make_fashion16.DEBIAN.glob("*.gz"):
+        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    whole = cm.Data(cm.Config(dataset="fashion", data=str(tmp_path), n_max=1000).resolved())
+    embedded = cm.Data(cm.Config().resolved())
+    assert torch.equal(whole.images, embedded.images)
+    assert torch.equal(whole.labels, embedded.labels)
+    first = [whole.held_out[whole.held_out_labels == k][:200] for k in range(10)]
+    assert torch.equal(torch.cat(first), embedded.held_out)
+    for name in ("a", "b"):
+        make_fashion16.make(tmp_path / f"{name}.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with np.load(tmp_path / "a.npz") as made, np.load(cm.FASHION16) as committed:
+        assert made.files == committed.files
+        assert all((made[name] == committed[name]).all() for name in made.files)
 
 
 def test_a_run_goes_on_and_says_where_it_ran_off(tmp_path, monkeypatch):
@@ -523,7 +571,7 @@ def check_cells(rows, checkpoint, samples, cache):
     """Three of a row's cells, computed by other means: loss, FD2, memorised."""
     config, unet, counts = cm.load_trained(checkpoint)
     few = cm.splits(counts)["Few"]
-    images, labels, _ = cm.load_dataset("shapes", None, 8, train=False)
+    images, labels, _ = cm.load_dataset("fashion16", None, 8, train=False)
     images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
     alpha_bar, generator, losses = cm.make_alpha_bar(), torch.Generator().manual_seed(0), []
     for k in range(10):
@@ -545,11 +593,11 @@ def check_cells(rows, checkpoint, samples, cache):
     near = [sorted(np.sqrt(((x - train) ** 2).sum(1)))[:2] for x in fakes]
     assert abs(float(row["memorised Few"].iloc[0]) - np.mean([a < b / 3 for a, b in near])) < 1e-6
 
-    real, real_labels, _ = cm.load_dataset("shapes", None, 8)
+    real, real_labels, _ = cm.load_dataset("fashion16", None, 8)
     first, second = (torch.load(next(cache.glob(f"{kind}-*")), weights_only=True)["weights"]
                      for kind in ("classifier", "second"))
     assert not torch.equal(first["head.weight"], second["head.weight"])
-    net = fid.Classifier(3, 10).eval()
+    net = fid.Classifier(1, 10).eval()
     net.load_state_dict(second)
     mine = fid.chw(real[np.isin(real_labels, few)])
     with torch.no_grad():
@@ -644,7 +692,7 @@ def test_overlaps_constants_have_the_lowest_fd_of_the_committed_rows():
     assert all(name == f"Overlap, γ = {losses.gamma}, m = {losses.margin}"
                and issubclass(losses, study.baselines.Overlap) for name, losses in tried.items())
     chosen = study.METHODS["Overlap"].losses
-    rows = common.read_rows(RESULTS / "study.csv").set_index("method")["FD Few"]
+    rows = common.read_table(RESULTS / "study.csv").set_index("method")["FD Few"]
     assert len(tried) == 6 == len(rows[list(tried)])
     assert rows[list(tried)].astype(float).idxmin() == (
         f"Overlap, γ = {chosen.gamma:g}, m = {chosen.margin}")
@@ -655,7 +703,7 @@ def test_equal_compute_is_the_ratio_of_flops():
     less than a hundredth of a batch."""
     from torch.utils.flop_counter import FlopCounterMode
     from experiments import study
-    unet = cm.make_unet(cm.Config(dataset="fashion", no_cm=True).resolved(), 10, 1)
+    unet = cm.make_unet(cm.Config(no_cm=True).resolved(), 10, 1)
     flops = []
     x, t = torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
@@ -975,14 +1023,14 @@ def test_study_second_distances_against_scipy(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "train_classifier", hasty)
     config = cm.parse([*MINIATURE, "--ir", "8"])[0].resolved()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (600, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (600, 1, 8, 8), generator=generator, dtype=torch.uint8)
     labels, counts = torch.arange(600) % 10, [9, 1, 8, 2, 7, 3, 6, 4, 5, 10]
     found = [study.second_distances(images, labels, counts, config, "cpu", tmp_path)
              for _ in range(2)]
     assert found[0] == found[1] and seeds == [1]  # the cache's, the second time
-    real, real_labels, _ = cm.load_dataset("shapes", None, config.image_size)
+    real, real_labels, _ = cm.load_dataset("fashion16", None, config.image_size)
     state = torch.load(next(tmp_path.glob("second-*")), weights_only=True)
-    net = fid.Classifier(3, 10).eval()
+    net = fid.Classifier(1, 10).eval()
     net.load_state_dict(state["weights"])
     with torch.no_grad():
         features = [net(x)[0].double().numpy() for x in (fid.chw(real), images)]
@@ -1052,7 +1100,7 @@ def test_pruning_end_to_end(tmp_path, capsys):
     assert len(rows) == 20 and (rows["raw"] != rows["pruned"]).all()
     assert ((rows["pruned"] / rows["raw"] - 1 - rows["change"]).abs() < 1e-4).all()
     ema = cm.load_trained(checkpoints[1])[1]
-    data = cm.Data(cm.Config(dataset="shapes", image_size=8).resolved())
+    data = cm.Data(cm.Config(image_size=8).resolved())
     raw = cm.held_out_loss(cm.merge(ema), data.images, data.labels, 10, 2, 2)[0]
     assert np.allclose(rows["raw"][10:], raw, rtol=1e-5)  # training images, the merged network
 

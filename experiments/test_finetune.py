@@ -25,10 +25,9 @@ from experiments import finetune as ft  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
 SMALL = dict(image_size=8, channels=8, multipliers=(1, 2), batch_size=4)
-ARGS = ["--dataset", "shapes", "--n-max", "8", "--ir", "2", "--steps", "3", "--ranks", "4", "2",
+ARGS = ["--n-max", "8", "--ir", "2", "--steps", "3", "--ranks", "4", "2",
         "--pretrain-steps", "2", "--num-images", "100", "--seeds", "5", "--runs", "runs",
         "--rows", "rows.csv", "--assets", "."]
-FEW_SHAPES = cm.draw_shapes(20, 8, 0)
 
 
 def randomised(network, spread=0.1):
@@ -126,7 +125,7 @@ def test_ranks_that_are_refused(r_g, r_e):
 
 def setting(**options):
     """As pretrained.Unlabelled, without its training: 8x8 noise of four classes."""
-    config = cm.Config(**dict(dataset="fashion", image_size=8, channels=8, multipliers=(1, 2),
+    config = cm.Config(**dict(image_size=8, channels=8, multipliers=(1, 2),
                               batch_size=4, lr=1e-2, steps=4, seed=3) | options).resolved()
     torch.manual_seed(0)
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])
@@ -202,7 +201,7 @@ def test_decay_rate_and_weight_decay_reach_the_optimiser(tmp_path, monkeypatch):
 
 
 def fake_scores(path, dataset, data, features, **_):
-    assert (dataset, data, features) == ("shapes", None, "classifier")
+    assert (dataset, data, features) == ("fashion16", None, "classifier")
     images, labels, counts = fid.read_images(path)
     assert labels.bincount().tolist() == [10] * 10 and len(counts) == 10
     value = images.float().mean().item()
@@ -211,9 +210,9 @@ def fake_scores(path, dataset, data, features, **_):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, fewer_images):
     monkeypatch.setitem(cm.PRESETS, "small", cm.PRESETS["small"] | SMALL)
-    monkeypatch.setattr(cm, "draw_shapes", lambda *_, **__: FEW_SHAPES)
+    fewer_images(20, 4)
     monkeypatch.setattr(fid, "evaluate", fake_scores)
     monkeypatch.setattr(ft, "SAMPLE_STEPS", 2)
     monkeypatch.setattr(cm, "report", lambda *_: None)  # of the pre-training

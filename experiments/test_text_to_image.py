@@ -43,7 +43,7 @@ def masks_at(image):
 @functools.cache
 def middle_of(shape):
     x, y = np.meshgrid(*2 * [(np.arange(400) + 0.5) / 200 - 1])
-    inside = cm.signed_distance(shape, x, y) <= 0
+    inside = shapes.signed_distance(shape, x, y) <= 0
     return x[inside].mean(), y[inside].mean()
 
 
@@ -52,13 +52,13 @@ def recognised(image):
     centroid."""
     lit, dx, dy = masks_at(image)
     best = (0,)
-    for shape in cm.SHAPES:
+    for shape in shapes.SHAPES:
         for size, radius in (("small", 0.335), ("small", 0.365), ("large", 0.49), ("large", 0.52)):
             for turn in (0, -42, -35, -28, 28, 35, 42):
                 a = np.radians(turn + shapes.UPRIGHT.get(shape, 0))
                 x = (dx * np.cos(a) + dy * np.sin(a)) / radius + middle_of(shape)[0]
                 y = (dy * np.cos(a) - dx * np.sin(a)) / radius + middle_of(shape)[1]
-                inside = cm.signed_distance(shape, x, y) < 0
+                inside = shapes.signed_distance(shape, x, y) < 0
                 overlap = (inside & lit).sum() / (inside | lit).sum()
                 best = max(best, (overlap, shape, size, turn != 0))
     return best[1:]
@@ -71,7 +71,7 @@ def test_a_drawn_image_has_what_its_caption_says():
     for image, caption, label in zip(images, captions, labels, strict=True):
         first, place, *turned = caption.split(", ")
         a, size, colour, shape = first.split()
-        assert a == "a" and shape == cm.SHAPES[label] and turned in ([], ["turned"]), caption
+        assert a == "a" and shape == shapes.SHAPES[label] and turned in ([], ["turned"]), caption
         seen, seen_size, seen_turned = recognised(image)
         assert (seen, seen_size) == (shape, size), caption
         assert shape in ("disc", "ring") or seen_turned == bool(turned), caption
@@ -86,6 +86,14 @@ def test_a_drawn_image_has_what_its_caption_says():
         assert place == (" ".join(word).strip() or "centre"), caption
 
 
+def test_a_distance_to_a_shape_changes_by_at_most_the_step_between_points():
+    x = np.linspace(-1.5, 1.5, 301)
+    for shape in shapes.SHAPES:
+        d = shapes.signed_distance(shape, *np.meshgrid(x, x))
+        assert d.min() < -0.1 and (d[[0, -1]] > 0).all() and (d[:, [0, -1]] > 0).all(), shape
+        assert abs(np.diff(d)).max() < 0.0101, shape
+
+
 def test_words_vary_and_upright_shapes_stand_as_people_draw_them():
     images, captions, labels = shapes.captioned_images(100, seed=7)
     for word in (*shapes.RADII, *shapes.COLOURS, *shapes.PLACES, "turned"):
@@ -95,7 +103,7 @@ def test_words_vary_and_upright_shapes_stand_as_people_draw_them():
         assert abs(share - expected) < 0.06, word
     assert not any("turned" in c for c, y in zip(captions, labels, strict=True) if y < 2)
     for shape, above in (("triangle", False), ("heart", True), ("star", True)):
-        for i in np.flatnonzero(labels == cm.SHAPES.index(shape)):
+        for i in np.flatnonzero(labels == shapes.SHAPES.index(shape)):
             if "large" in captions[i] and "turned" not in captions[i]:
                 lit, _, dy = masks_at(images[i])
                 widest = dy[lit.sum(1).argmax(), 0]
@@ -313,7 +321,7 @@ def test_captions_belong_to_their_images(tmp_path, monkeypatch):
     assert labels.bincount().tolist() == setting.counts.tolist() == cm.class_counts(6, 2, 10)
     for y, row, colour, place in zip(labels, ids, *shapes.read(images), strict=True):
         words = [setting.words[i - 1] for i in row if i]
-        assert words[2] == colour and words[3] == cm.SHAPES[y]
+        assert words[2] == colour and words[3] == shapes.SHAPES[y]
         assert words[4:4 + len(place.split())] == place.split()
 
 
