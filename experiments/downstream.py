@@ -7,8 +7,9 @@
 The classifier of classification.py, for as many steps each: on the long-tailed set alone; with five
 generated images for each real one, balanced over classes, of DDPM, RS and CM, without and with
 guidance; and with what needs no generator, class-balanced re-sampling and logit adjustment (LA).
-Generators are trained, too, and kept in --runs; options that aren't its own go to cm.py. Columns: macro precision and recall on the test set; label accuracy: how often a
-classifier that was trained on the whole balanced set sees a generated image's class in it.
+Generators are trained, too, and kept in --runs; options that aren't its own go to cm.py. Columns:
+macro precision and recall on the test set; label accuracy: how often a classifier that was trained
+on the whole balanced set sees a generated image's class in it.
 """
 
 import contextlib
