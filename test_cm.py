@@ -960,9 +960,9 @@ def test_a_run_leaves_its_table_and_files(finished):
     c = cm.Config(**checkpoint["config"])
     data = cm.Data(c)
     loss, _, _ = cm.held_out_loss(unet, data.held_out, data.held_out_labels, 10)
-    disc = re.search(r"^disc +1000 +([\d.]+) +([\d.]+) +([\d.]+)", text, re.M).groups()
+    shirts = re.search(r"^T-shirt/top +1000 +([\d.]+) +([\d.]+) +([\d.]+)", text, re.M).groups()
     con, div = cm.class_weights(data.counts)
-    assert disc == (f"{con[0]:.3f}", f"{div[0]:.3f}", f"{loss[0]:.5f}") and "held-out" in text
+    assert shirts == (f"{con[0]:.3f}", f"{div[0]:.3f}", f"{loss[0]:.5f}") and "held-out" in text
     assert re.search(r"^Few +99 ", text, re.M)
 
 
@@ -1233,7 +1233,7 @@ REPLAY = (
 )
 # L_CM large enough to be seen, its bound small enough to act
 WITH_CM = f"{REPLAY} --resample 0.5 --dropout 0.3 --flip --lam 3 --div-margin 1e-4"
-WITHOUT = f"{REPLAY} --warmup 0 --resample 0 --no-cm --unconditional"
+WITHOUT = f"{REPLAY} --warmup 0 --lr 0.02 --resample 0 --no-cm --unconditional"
 SPLITS = {"Many": [0, 1, 2], "Medium": [3, 4, 5], "Few": [6, 7, 8, 9]}  # of ten classes by count
 
 
@@ -1328,7 +1328,8 @@ def assert_trained_as(out, c, replayed):
         ):
             difference = (ours - theirs).detach().abs() / unit
             # Adam makes the rounding of a few tiny gradients large, so the mean is bounded tighter
-            assert difference.mean() < 1e-3 and difference.max() < 0.02, name
+            assert difference.max() < 0.02, name
+            assert difference.mean() < 1e-3 or difference.numel() == 1, name
     with open(out / "log.csv", newline="") as f:
         written = list(csv.DictReader(f))
     for row, ours in zip(written, rows, strict=True):
@@ -1773,7 +1774,7 @@ def by_hand(checkpoint, labels, sampler="ddim", steps=3, guidance=0.0, seed=0, g
     with cm.general_only(unet) if general else contextlib.nullcontext():
         unet = cm.merge(unet)
     seeds = [cm.hashed_seed("image", seed, i) for i in range(len(labels))]
-    x = cm.sample(unet, torch.tensor(labels), (3, 8, 8), sampler, steps, guidance, seeds)
+    x = cm.sample(unet, torch.tensor(labels), (1, 8, 8), sampler, steps, guidance, seeds)
     return ((x + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
 
 

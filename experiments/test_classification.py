@@ -519,13 +519,12 @@ def test_a_run_that_ran_off_is_a_row(few, tmp_path, monkeypatch, capsys):
     ("--seeds 5 5", "different numbers"),
     ("--ir 0.5", "imbalance ratio"), ("--n-max 0", "--n-max"), ("--n-max 2000", "--n-max 2000"),
     ("--bases OC", "invalid choice"), ("--dataset folder", "invalid choice"),
-    ("--dataset fashion --data none", "none"), ("--steps 3", "unrecognized"),
+    ("--data none", "--data is none"), ("--steps 3", "unrecognized"),
     ("--table", "has no rows")])
 def test_bad_input_is_one_line_and_status_2(arguments, says, few, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        cls.main(["--rows", "rows.csv", "--assets", ".",
-                  *arguments.split()])
+        cls.main(["--rows", "rows.csv", "--assets", ".", *arguments.split()])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and says in err and len(err.splitlines()) == 1, err
     assert not list(tmp_path.iterdir())

@@ -40,8 +40,8 @@ def small(monkeypatch, fewer_images):
                         lambda *a, **options: train(*a, **options | {"steps": 2}))
 
 
-def write_npz(path, labels, side=8, channels=1, seed=0, **more):
-    images = np.random.RandomState(seed).randint(256, size=(len(labels), side, side, channels))
+def write_npz(path, labels, side=8, seed=0, **more):
+    images = np.random.RandomState(seed).randint(256, size=(len(labels), side, side, 1))
     np.savez(path, arr_0=images.astype(np.uint8), **more)
 
 
@@ -226,7 +226,7 @@ def test_images_keep_their_labels_and_the_test_set_judges(tmp_path, monkeypatch)
     metrics = pytest.importorskip("sklearn.metrics")
     monkeypatch.chdir(tmp_path)
     labels = np.random.RandomState(0).permutation(np.arange(TOTAL + 40) % 10)
-    grey = np.broadcast_to(20 * labels[:, None, None, None], (len(labels), 8, 8, 3))
+    grey = np.broadcast_to(20 * labels[:, None, None, None], (len(labels), 8, 8, 1))
     np.savez("grey.npz", arr_0=grey.astype(np.uint8), arr_1=labels)
     torch.manual_seed(0)
     net, seen = classifiers.Network("small", 1, 10).eval(), []
@@ -344,13 +344,13 @@ def test_the_verdict(generated, answer, says):
     ("--classifier-steps 0", "--classifier-steps"), ("--seeds -1", "--seeds"),
     ("--generator-seeds -2", "--generator-seeds"), ("--seeds x", "invalid int"),
     ("--base oc", "--base has no meaning"), ("--num-images 3", "--num-images has no meaning"),
-    ("--rank-ratio 2", "rank-ratio"), ("--dataset fashion --data none", "none"),
+    ("--rank-ratio 2", "rank-ratio"), ("--data none", "--data is none"),
     ("--samples none.npz", "none.npz"), ("--samples ../few.npz", "has 0 images of class 2"),
     ("--samples ../unlabelled.npz", "labels from 0 to 9"),
-    ("--samples ../wide.npz", "uint8 [N, 8, 8, 3]"),
+    ("--samples ../wide.npz", "uint8 [N, 8, 8, 1]"),
     ("--samples ../eleven.npz", "labels from 0 to 9"), ("--sampler ddpm", "invalid choice"),
     ("--seeds 5 5", "different numbers"), ("--table", "has no rows"),
-    ("--dataset cifar10 --data none --image-size 32", "CIFAR10 is neither")])
+    ("--dataset folder --data none", "none is not a directory")])
 def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     labels = np.arange(TOTAL) % 10
