@@ -1,4 +1,5 @@
-"""A frequent class above the rare ones from the same noise: real, plain DDPM, CM, CM's θ_g.
+"""A frequent class above the rare ones from the same noise: real, plain DDPM, CM, CM's θ_g; with
+the guidance of cm.py's samples, 1.5.
 
     python cm.py --steps 6000 --no-cm --out runs/plain
     python cm.py --steps 6000 --out runs/cm

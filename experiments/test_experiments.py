@@ -1121,6 +1121,39 @@ def test_pruning_table_over_seeds_and_its_correlation():
 
 
 # ------------------------------------------------------------------------------------------------
+# picture.py
+
+
+def test_picture_is_guided_and_of_one_noise(tmp_path, monkeypatch):
+    from experiments import picture
+    networks = {}
+    for name, options in (("plain", dict(no_cm=True)), ("cm", {})):
+        config = cm.Config(image_size=8, channels=8, multipliers=(1, 2), ir=10, n_max=50, seed=3,
+                           **options).resolved()
+        networks[name] = config, cm.make_unet(config, 10, 1), cm.class_counts(50, 10, 10)
+    for layer in cm.reserved_layers(networks["cm"][1]):
+        layer.B.data.fill_(0.1)
+    monkeypatch.setattr(cm, "load_trained", networks.get)
+    seen, panels = [], []
+    monkeypatch.setattr(cm, "sample", lambda net, y, shape, **how: (
+        seen.append((net.decoder[0].block1[2].weight, y.tolist(), how)),
+        torch.zeros(len(y), *shape))[1])
+    monkeypatch.setattr(cm, "draw_panels", lambda *drawn: panels.append(drawn))
+    picture.draw("plain", "cm", tmp_path / "x.png", columns=2)
+    seeds = [cm.hashed_seed("image", 3, i) for i in range(10)]
+    for _, y, how in seen:  # the most frequent class and Few
+        assert y == [0, 0, 6, 6, 7, 7, 8, 8, 9, 9] and how == dict(guidance=1.5, seeds=seeds)
+    plain, theta, theta_g = (weight for weight, _, _ in seen)
+    layer = networks["cm"][1].decoder[0].block1[2]
+    assert torch.equal(plain, networks["plain"][1].decoder[0].block1[2].weight)
+    assert torch.equal(theta, layer.weight) and torch.equal(theta_g, layer.layer.weight)
+    assert not torch.equal(theta, theta_g) and len(panels[0][0]) == 4
+    for pair in (("cm", "cm"), ("plain", "plain")):
+        with pytest.raises(ValueError, match="--no-cm"):
+            picture.draw(*pair, tmp_path / "x.png")
+
+
+# ------------------------------------------------------------------------------------------------
 # gradients.py
 
 
