@@ -289,8 +289,8 @@ def measured(spec, checkpoint, point, seed, num_images):
 def second_distances(images, labels, counts, config, device, cache):
     """FD2: Fréchet distances, overall and by split, in the features of a classifier that was
     trained with another seed than fid.py's."""
-    real, real_labels, classes, _ = fid.real_set(config.dataset, config.data, None,
-                                                 config.image_size)
+    whole = fid.real_set(config.dataset, config.data, None, config.image_size)
+    real, real_labels, classes = whole["arr_0"], whole["arr_1"], len(whole["names"])
 
     def make():
         held = cm.load_dataset(config.dataset, config.data, config.image_size, train=False)
@@ -299,7 +299,7 @@ def second_distances(images, labels, counts, config, device, cache):
         return {"weights": net.cpu().state_dict(),
                 "features": fid.extract(net.to(device), real, "real images")[0].cpu()}
 
-    state = fid.cached(cache, "second", [real.numpy().tobytes(), tuple(real.shape)], make)
+    state = fid.cached(cache, "second", [real], make)
     net = fid.Classifier(real.shape[1], classes).eval().requires_grad_(False).to(device)
     net.load_state_dict(state["weights"])
     generated = fid.extract(net, images, "generated images")[0].cpu()

@@ -593,8 +593,10 @@ def check_cells(rows, checkpoint, samples, cache):
     assert abs(float(row["memorised Few"].iloc[0]) - np.mean([a < b / 3 for a, b in near])) < 1e-6
 
     real, real_labels, _ = cm.load_dataset("fashion16", None, 8)
-    first, second = (torch.load(next(cache.glob(f"{kind}-*")), weights_only=True)["weights"]
-                     for kind in ("classifier", "second"))
+    (first, *_), second = (
+        torch.load(next(cache.glob(f"{kind}-*")), weights_only=True)["result"]
+        for kind in ("classifier", "second"))
+    second = second["weights"]
     assert not torch.equal(first["head.weight"], second["head.weight"])
     net = fid.Classifier(1, 10).eval()
     net.load_state_dict(second)
@@ -1028,7 +1030,7 @@ def test_study_second_distances_against_scipy(tmp_path, monkeypatch):
              for _ in range(2)]
     assert found[0] == found[1] and seeds == [1]  # the cache's, the second time
     real, real_labels, _ = cm.load_dataset("fashion16", None, config.image_size)
-    state = torch.load(next(tmp_path.glob("second-*")), weights_only=True)
+    state = torch.load(next(tmp_path.glob("second-*")), weights_only=True)["result"]
     net = fid.Classifier(1, 10).eval()
     net.load_state_dict(state["weights"])
     with torch.no_grad():
