@@ -68,7 +68,7 @@ def shown_cells(text):
 
 @pytest.mark.parametrize("script, arguments, says", [
     ("study.__main__", "--jobs 0", "--jobs is 0"), ("study.__main__", "--steps x", "invalid int"),
-    ("study.__main__", "--table", "has no rows"), ("divergence", "--lr 1e-3", "--lr has no meaning"),
+    ("study.__main__", "--table", "has no rows"), ("divergence", "--lr 1", "--lr has no meaning"),
     ("study.__main__", "--table --lr 1", "--lr has no meaning beside --table"),
     ("divergence", "--table", "has no rows"), ("gradients", "--samples 10", "--samples is 10"),
     ("gradients", "--table", "has no rows"), ("gradients", "--seed 5", "type --seeds"),
