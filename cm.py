@@ -18,18 +18,15 @@ import argparse
 import collections
 import contextlib
 import copy
-import csv
 import dataclasses
 import datetime
-import functools
+import fcntl
 import hashlib
-import inspect
 import json
 import math
 import os
-import signal
+import re
 import sys
-import warnings
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -57,12 +54,11 @@ class LowRankReserved(nn.Module):
     `layer` holds W_g (and the bias) and is called with its weight replaced, so that a forward of
     its own and hooks go on working. B [d, r] starts at zero and A [r, k] at random, as in LoRA, so
     training starts from the plain layer; unlike LoRA's, W_g is trained too, and BA has no factor.
-    A kh x kw convolution's weight counts as d x k = (kh * out) x (kw * in), as in loralib and in
-    the authors' code; in within a group. `weight` and `bias` can be read as on the plain layer."""
+    d, k and the rank r are `matrix_and_rank`'s, as in loralib and in the authors' code. `weight`
+    and `bias` can be read as on the plain layer."""
 
-    def __init__(self, layer, rank):
+    def __init__(self, layer, d, k, rank):
         super().__init__()
-        d, k = matrix_shape(layer)
         self.layer = layer
         self.general = 0  # how often `general_only` was entered
         self.B = nn.Parameter(layer.weight.new_zeros(d, rank))
@@ -87,48 +83,49 @@ class LowRankReserved(nn.Module):
         return torch.func.functional_call(self.layer, {"weight": self.weight}, args, kwargs)
 
 
-def matrix_shape(layer):
-    """(d, k) of a Conv2d's or Linear's weight as a matrix: (kh * out, kw * in), in within a group.
-    """
+def matrix_and_rank(layer, rank_ratio):
+    """(d, k, rank) of a Conv2d or Linear: its weight counts as kh * out x kw * in, in within a
+    group, and BA has the rank kh * max(int(rank_ratio * min(out, in)), 1)."""
     out_features, in_features, *kernel = layer.weight.shape
     kh, kw = kernel or (1, 1)
-    return kh * out_features, kw * in_features
-
-
-def rank_of(layer, rank_ratio):
-    """The rank of a layer's BA: kh * max(int(rank_ratio * min(out, in)), 1)."""
-    out_features, in_features, *kernel = layer.weight.shape
     rank = int(round(rank_ratio * min(out_features, in_features), 6))  # 0.29 * 100 is below 29
-    return (kernel or [1])[0] * max(rank, 1)
+    return kh * out_features, kw * in_features, kh * max(rank, 1)
 
 
 def reserve_capacity(module, rank_ratio=0.1, where=None):
     """Replace Conv2d and Linear layers inside `module`, in place, by LowRankReserved ones (Eq. 1).
 
-    `where(layer)` says which, by default all of them. A layer whose rank (`rank_of`) wouldn't be
-    below min(d, k) stays whole. Returns the module (a bare layer comes back wrapped). The paper
-    reserves in the UNet's decoder, since shallow layers capture general knowledge (Sec. G.1).
-    Raises ValueError if rank_ratio is outside (0, 1], if no layer can be reserved, if a weight is
-    shared or computed from others, or if capacity is reserved already. (Sec. 3.1, G.1)"""
+    `where(layer)` says which, by default all of them. A layer whose rank (`matrix_and_rank`)
+    wouldn't be below min(d, k) stays whole. Returns the module (a bare layer comes back wrapped).
+    The paper reserves in the UNet's decoder, since shallow layers capture general knowledge.
+    Raises ValueError if rank_ratio is outside (0, 1], if capacity is reserved already, if nothing
+    can be reserved, or if a layer's weight or the layer itself is out of reach. (Sec. 3.1, G.1)"""
     if not 0 < rank_ratio <= 1:
         raise ValueError(f"rank ratio {rank_ratio} is outside (0, 1]")
     if reserved_layers(module):
         raise ValueError("capacity is reserved in this module already; merge it first")
-    layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    owners = collections.Counter(p for m in module.modules() for p in m._parameters.values())
+    modules = list(module.modules())
+    owners = collections.Counter(p for m in modules for p in m._parameters.values())
+    listed = {layer for m in modules for value in vars(m).values() if isinstance(value, list)
+              for layer in value if isinstance(layer, nn.Module)}
     reserved = {}
-    for layer in layers if where is None else filter(where, layers):
+    for layer in modules:
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or (where and not where(layer)):
+            continue
         if "weight" not in layer._parameters:
             raise ValueError("a layer's weight is computed from others (weight norm, "
                              "parametrization); capacity is reserved in plain layers only")
         if owners[layer.weight] > 1:
             raise ValueError("two modules share a weight (tied): merged, they would differ; untie "
                              "it, or leave it out by `where`")
-        rank = rank_of(layer, rank_ratio)
-        if rank < min(matrix_shape(layer)):
-            reserved[layer] = LowRankReserved(layer, rank)
+        if layer in listed:
+            raise ValueError(f"a plain list holds {layer}, which would stay without BA there; use "
+                             "nn.ModuleList, or leave it out by `where`")
+        d, k, rank = matrix_and_rank(layer, rank_ratio)
+        if rank < min(d, k):
+            reserved[layer] = LowRankReserved(layer, d, k, rank)
     if not reserved:
-        kinds = sorted({type(m).__name__ for m in module.modules() if m._parameters})
+        kinds = sorted({type(m).__name__ for m in modules if m._parameters})
         raise ValueError(f"no Conv2d or Linear to reserve a rank below its own in; the layers "
                          f"with weights here are {', '.join(kinds) or 'none'}")
     return replace_modules(module, reserved)
@@ -213,7 +210,11 @@ def capacity_loss(eps_theta, eps_theta_g, w, div_margin=0.1):
     Both predictions get gradient. Where w < 0 the loss has no lower bound in eps_theta_g, so there,
     and only there, d counts up to `div_margin`: a fuse, some 50 times what dropout makes of d.
     div_margin = inf is the authors' form, without one."""
-    d = squared_distance(eps_theta, eps_theta_g)
+    return weigh(squared_distance(eps_theta, eps_theta_g), w, div_margin)
+
+
+def weigh(d, w, div_margin):
+    """`capacity_loss` [B] of distances d [B]."""
     return torch.where(w >= 0, w * d, w * d.clamp(max=div_margin))  # Eq. (2), with the fuse
 
 
@@ -227,16 +228,17 @@ def make_alpha_bar(device="cpu"):
     return torch.cumprod(1 - betas, 0).to(device)
 
 
-def scales(alpha_bar, t):
-    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each [B, 1, 1, 1] float32, for t [B]."""
-    a = alpha_bar[t][:, None, None, None]
+def scales(alpha_bar, t, x):
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), float32, for t [B], shaped to scale x [B, ...].
+    """
+    a = alpha_bar[t].view(-1, *[1] * (x.ndim - 1))
     return a.sqrt().float(), (1 - a).sqrt().float()
 
 
 def add_noise(x0, t, eps, alpha_bar):
-    """x_t ~ q(x_t | x_0) for x0, eps [B, C, H, W] (Sec. A; Algorithm C.1 lacks the second root)."""
-    signal_scale, noise_scale = scales(alpha_bar, t)
-    return signal_scale * x0 + noise_scale * eps
+    """x_t ~ q(x_t | x_0) of x0's shape and type (Sec. A; Algorithm C.1 lacks the second root)."""
+    signal_scale, noise_scale = scales(alpha_bar, t, x0)
+    return (signal_scale * x0 + noise_scale * eps).to(x0.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,7 +253,7 @@ def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
     included; where its class is no rarer than y's, the target [B, C, H, W] points to it, else it is
     eps. counts [C] are training counts. (Eqs. D.2-D.4, with the bar on alpha and the division that
     Eq. (D.3) misses and OC's published code has)"""
-    signal_scale, noise_scale = scales(alpha_bar, t)
+    signal_scale, noise_scale = scales(alpha_bar, t, x0)
     # cdist without its matrix product: at small t the exponent multiplies rounding by 10^4
     distance = torch.cdist((x_t / signal_scale).flatten(1), x0.flatten(1),
                            compute_mode="donot_use_mm_for_euclid_dist").square()  # [B, B]
@@ -341,10 +343,10 @@ class CapacityManipulation(nn.Module):
             base = focal(base)
         if self.no_cm:
             return base.mean(), base, torch.zeros_like(base), torch.zeros_like(base)
-        # weighed by the true class, also where the label is dropped
-        loss_cm = capacity_loss(eps_theta, eps_theta_g, self.w[y], self.div_margin)
+        d = squared_distance(eps_theta, eps_theta_g)  # weighed by the true class, also where
+        loss_cm = weigh(d, self.w[y], self.div_margin)  # the label is dropped
         total = base.mean() + self.lam * loss_cm.mean()  # Eq. (4)
-        return total, base, loss_cm, squared_distance(eps_theta.detach(), eps_theta_g.detach())
+        return total, base, loss_cm, d.detach()
 
     def other_classes(self, y):
         """CBDM's y' [B], maybe y: uniform over classes (Eq. D.1), or by "frequency" as its code."""
@@ -419,25 +421,22 @@ def dpm(predict, x, alpha_bar, steps=15):
         x0_last, step_last = x0, log_snr_step
 
 
-def sampler_steps(sampler, steps=None):
-    """The number of steps, by default ddim 50, ddpm 1000, dpm 15. Raises ValueError."""
-    if sampler not in ("ddim", "ddpm", "dpm"):
-        raise ValueError(f"unknown sampler {sampler!r}; choose ddim, ddpm or dpm")
-    if steps is None:
-        return {"ddim": 50, "ddpm": T, "dpm": 15}[sampler]
-    most = T - 1 if sampler == "dpm" else T  # with T dpm's grid would hold a time twice
-    if not 1 <= steps <= most:
-        raise ValueError(f"--sample-steps is {steps}; {sampler} takes 1 to {most}")
-    return steps
+SAMPLERS = {"ddim": (ddim, 50), "ddpm": (ddpm, T), "dpm": (dpm, 15)}  # with their usual steps
 
 
 @torch.no_grad()
 def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0, seeds=None):
-    """Images [B, C, H, W] in [-1, 1] from an eps-function or UNet `model(x, t, y)`, in eval mode.
+    """Images [B, C, H, W] in [-1, 1] of an eps-function or UNet in eval mode, `model(x, t, y)`.
 
-    labels [B] (-1: none); image_shape (C, H, W); seeds: one int an image, so that the batch size
-    doesn't matter; classifier-free guidance w: eps_c + w (eps_c - eps_null). Raises ValueError."""
-    steps = sampler_steps(sampler, steps)
+    labels [B] (-1: none); image_shape (C, H, W); steps: by default 50, 1000, 15; seeds: one int an
+    image, so that the batch size doesn't matter; classifier-free guidance w: eps_c + w (eps_c -
+    eps_null). Raises ValueError."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; choose {', '.join(SAMPLERS)}")
+    draw, usual = SAMPLERS[sampler]
+    steps, most = usual if steps is None else steps, T - (sampler == "dpm")  # no time twice
+    if not 1 <= steps <= most:
+        raise ValueError(f"--sample-steps is {steps}; {sampler} takes 1 to {most}")
     alpha_bar = make_alpha_bar().tolist()
     seeds = range(len(labels)) if seeds is None else seeds
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
@@ -453,17 +452,8 @@ def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0,
             eps = eps + guidance * (eps - model(x, t, torch.full_like(labels, -1)).float())
         return eps
 
-    was_training = isinstance(model, nn.Module) and model.training
-    if was_training:
-        model.eval()
-    if sampler == "ddim":
-        x = ddim(predict, noise(), alpha_bar, steps)
-    elif sampler == "ddpm":
-        x = ddpm(predict, noise(), alpha_bar, steps, noise)
-    else:
-        x = dpm(predict, noise(), alpha_bar, steps)
-    if was_training:
-        model.train()
+    more = [noise] if sampler == "ddpm" else []
+    x = draw(predict, noise(), alpha_bar, steps, *more)
     x = torch.where(x.isfinite(), x, torch.nan)  # clamp would make of inf a pixel like any other
     return x.clamp(-1, 1)
 
@@ -954,50 +944,38 @@ def draw_batch(data, config, size, step, rank=0):
 
 def pick_device(name=None):
     """--device, by default the GPU if there is one, torchrun's LOCAL_RANK. Raises ValueError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    check(re.fullmatch(r"cpu|cuda:\d+", name), "device", name, "cpu, cuda or cuda:N")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--device {name}: only cpu and cuda have what the method needs "
-                             f"(float64, dropout masks drawn again)")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        elif device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-            raise ValueError(f"--device {name} would put all processes on one GPU; type cuda")
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {name} can't be used here ({reason})") from None
+        raise ValueError(f"--device {name} can't be used here ({str(e).splitlines()[0]})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
 def lay_out(unet, device):
-    """The network on its device, and on the CPU its convolutions' weights channels-last.
-
-    Not on CUDA: PyTorch's group norm makes its input contiguous there, so that channels-last would
-    be undone and redone at every block. Not of 1x1 kernels, whose bytes are the same either way:
-    DDP would warn of strides that differ."""
+    """The network on its device, on the CPU its convolutions channels-last. Not on CUDA, where
+    group norm undoes it; not 1x1 kernels, whose bytes stay: DDP would warn of their strides."""
     unet = unet.to(device)
-    if device.type == "cpu":
-        for p in unet.parameters():
-            if p.ndim == 4 and p.shape[2:].numel() > 1:
-                p.data = p.data.contiguous(memory_format=torch.channels_last)
+    for p in unet.parameters():
+        if device.type == "cpu" and p.ndim == 4 and p.shape[2:].numel() > 1:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
     return unet
 
 
 def precision(config, device):
-    """--amp on this device, "off", "bf16" or "fp16". "off" is float32 throughout: TF32, which
-    cuDNN would use by default, isn't allowed either. Raises ValueError."""
-    kind = config.amp
-    if kind == "auto" and device.type == "cuda":
-        kind = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif kind == "auto":
-        kind = "off"
-    if kind != "off" and device.type != "cuda":
-        raise ValueError(f"--amp {kind} needs a GPU; leave it at auto")
+    """--amp on this device: "off", "bf16" or "fp16". Raises ValueError."""
+    # "off" is float32 throughout, without the TF32 that cuDNN would use by default
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return kind
+    if config.amp == "auto" and device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    check(config.amp in ("auto", "off") or device.type == "cuda", "amp", config.amp,
+          "left at auto without a GPU")
+    return "off" if config.amp == "auto" else config.amp
 
 
 def autocast(kind, device):
@@ -1006,65 +984,65 @@ def autocast(kind, device):
 
 
 def write_atomically(path, write):
-    """Call `write` on a temporary name beside `path`, then rename: `path` is always whole."""
+    """Call `write` on a temporary name beside `path`, then rename: `path` is always whole.
+
+    Raises ValueError where it can't be written."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save's, on a full disk, is a RuntimeError
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{path} can't be written ({reason}); it is as it was before") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, losses, network):
-    """(the dict that training saved, its Config). Raises ValueError where `path` is no such
-    checkpoint, or was trained with other `losses` or another `network`."""
+@contextlib.contextmanager
+def locked(out):
+    """Inside, no other run works in the directory `out`. Raises ValueError where one does."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another run is at work in {out}") from None
+    finally:
+        os.close(handle)
+
+
+def load_checkpoint(path):
+    """(the dict that training saved, its Config). Raises ValueError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises nearly anything on a broken file
-        reason = getattr(e, "strerror", None) or "truncated, or not a PyTorch file"
-        raise ValueError(f"{path} can't be loaded as a checkpoint: {reason}") from None
-    foreign = ValueError(f"{path} is not a checkpoint.pt that this cm.py wrote")
-    needed = {"config", "losses", "network", "counts", "names", "step", "model", "ema",
-              "optimizer", "scaler", "log", "world", "precision"}
-    if not isinstance(state, dict) or not needed <= state.keys():
-        raise foreign
-    for kind, name in made_of(losses, network).items():
-        if state[kind] != name:
-            raise ValueError(f"{path} was trained with the {kind} {state[kind]}, not {name}")
-    try:
         return state, Config(**state["config"])
-    except TypeError:  # an option that isn't one
-        raise foreign from None
+    except Exception as e:  # torch.load raises nearly anything on a broken file
+        reason = getattr(e, "strerror", None) or "truncated, or none that this cm.py wrote"
+        raise ValueError(f"{path} can't be loaded as a checkpoint.pt: {reason}") from None
 
 
-def load_weights(unet, state, path):
+def load_weights(unet, weights, path):
+    """Fill a network. Raises ValueError."""
     try:
-        unet.load_state_dict(state)
+        unet.load_state_dict(weights)
     except RuntimeError:
         raise ValueError(f"{path} holds another network than its configuration says") from None
 
 
-def made_of(losses, network):
-    """What config.json and checkpoints hold of a run's loss module and network."""
-    return dict(losses=losses.__name__, network=network.__name__)
-
-
-def load_trained(path, weights="ema", losses=CapacityManipulation,
-                 network=make_unet):
+def load_trained(path, weights="ema", network=make_unet):
     """(configuration, network in eval mode with W_g, A and B still apart, class counts).
 
-    `path` is a checkpoint.pt; weights "ema", or "model" for those that the next step would train.
-    `losses` and `network` are those of `train`. Raises ValueError."""
-    state, config = load_checkpoint(path, losses, network)
-    image_channels = state["ema"]["encoder.0.weight"].shape[1]
-    unet = network(config, len(state["counts"]), image_channels)
+    `path` is a checkpoint.pt; weights "ema", or "model" for those that the next step would train;
+    `network` is that of `train`. Raises ValueError."""
+    state, config = load_checkpoint(path)
+    unet = network(config, len(state["counts"]), state["ema"]["encoder.0.weight"].shape[1])
     load_weights(unet, state[weights], path)
     return config, unet.eval().requires_grad_(False), state["counts"]
 
 
 def shown_classes(counts):
-    """The classes of tables and pictures, most frequent first; of more than 20 the first five and
-    the last."""
+    """The classes of tables and pictures, most frequent first; of over 20 the first 5, the last 5.
+    """
     order = np.argsort(-np.asarray(counts), kind="stable").tolist()
     return order if len(order) <= 20 else order[:5] + order[-5:]
 
@@ -1075,130 +1053,89 @@ def groups(counts):
     return classes | {name: torch.as_tensor(k) for name, k in splits(counts).items()}
 
 
-class Log:
-    """log.csv: a row every `log_every` steps, each column a mean over the steps since the last row.
-
-    Base loss and d are given for each group (nan: none was drawn). `sums` [3, C] (base, d, samples)
-    and `totals` [5] (loss, base, cm, gradient norm, steps) go into checkpoints."""
-
-    def __init__(self, path, counts, device):
-        self.path, self.groups = path, groups(counts.cpu())
-        self.sums = torch.zeros(3, len(counts), dtype=torch.float64, device=device)
-        self.totals = torch.zeros(5, dtype=torch.float64, device=device)
-
-    def start(self, step):
-        """Begin the file, or cut off what a run resumed at `step` will write again."""
-        header = ["step", "lr", "loss", "base", "cm", "grad_norm"]
-        rows = [header + [f"{value}_{group}" for value in ("base", "d") for group in self.groups]]
-        if step and self.path.is_file():
-            with open(self.path, newline="") as f:
-                rows += [row for row in list(csv.reader(f))[1:] if row and int(row[0]) <= step]
-        text = "".join(",".join(row) + "\n" for row in rows)
-        write_atomically(self.path, lambda p: p.write_text(text))
-
-    def add(self, y, loss, base, cm, d, grad_norm):
-        self.sums.index_add_(1, y, torch.stack([base, d, torch.ones_like(d)]).double())
-        one = torch.ones_like(loss)
-        grad_norm = grad_norm.nan_to_num(0, 0, 0)  # of a step that float16's scaler skipped
-        self.totals += torch.stack([loss, base.mean(), cm.mean(), grad_norm, one]).double()
-
-    def summed(self):
-        """(sums, totals) over all processes."""
-        return over_processes(self.sums.clone()), over_processes(self.totals.clone())
-
-    def clear(self):
-        self.sums.zero_()
-        self.totals.zero_()
-
-    def write(self, step, lr, sums, totals):
-        sums, totals = sums.cpu(), totals.cpu()
-        values = [lr, *(totals[:4] / totals[4]).tolist()]
-        for kind in (0, 1):
-            for k in self.groups.values():
-                values.append(float(sums[kind, k].sum() / sums[2, k].sum()))
-        with open(self.path, "a") as f:
-            f.write(",".join([str(step)] + [f"{v:.6g}" for v in values]) + "\n")
+def add_up(sums, y, loss, base, loss_cm, d, grad_norm):
+    """Add a step to sums [C + 1, 4]: base loss, L_CM, d and samples of each class; the last row has
+    the total loss, the gradient's norm and the steps."""
+    values = torch.stack([base.detach(), loss_cm.detach(), d, torch.ones_like(d)], 1)
+    sums.index_add_(0, y, values.double())
+    one = torch.ones_like(grad_norm)
+    sums[-1] += torch.stack([loss.detach(), grad_norm, one, one]).double()
 
 
-def over_processes(tensor, op=dist.ReduceOp.SUM, group=None):
-    """`tensor`, in place, reduced over all processes of torchrun."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op, group)
-    return tensor
+def row_of(sums, step, lr, names, counts, out):
+    """A row of log.csv, means since the last one; base loss and d of each group (nan: none drawn).
+
+    Raises FloatingPointError where a step wasn't finite."""
+    by_class, (loss, grad_norm, steps, _) = sums[:-1].cpu(), sums[-1].tolist()
+    if not sums.isfinite().all():
+        odd = [names[k] for k in torch.where(~by_class.isfinite().all(1))[0].tolist()[:20]]
+        what = f"the loss of {', '.join(odd)}" if odd else "the gradient"
+        since = step - int(steps) // (dist.get_world_size() if dist.is_initialized() else 1)
+        raise FloatingPointError(f"{what} is not finite between steps {since} and {step}; the last "
+                                 f"good checkpoint is {out}/checkpoint.pt")
+    base, loss_cm, d, samples = by_class.T
+    row = dict(step=step, lr=lr, loss=loss / steps, base=float(base.sum() / samples.sum()),
+               cm=float(loss_cm.sum() / samples.sum()), grad_norm=grad_norm / steps)
+    for kind, values in (("base", base), ("d", d)):
+        for group, k in groups(counts).items():
+            row[f"{kind}_{group}"] = float(values[k].sum() / samples[k].sum())
+    return row
+
+
+def write_log(path, rows):
+    """log.csv, whole."""
+    lines = [",".join(row if i == 0 else (f"{v:.6g}" for v in row.values()))
+             for i, row in enumerate([*rows[:1], *rows])]
+    write_atomically(path, lambda p: p.write_text("".join(f"{line}\n" for line in lines)))
 
 
 def stored_options(config):
     """What config.json and checkpoints hold: how a run is trained."""
-    names = [field.name for field in dataclasses.fields(config)
-             if field.metadata["group"] != "sampling"]
-    return {name: getattr(config, name) for name in names if name not in ("resume", "overwrite")}
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+            if field.metadata["group"] != "sampling" and field.name not in ("resume", "overwrite")}
 
 
-def prepare_run(config, typed, losses, network):
+def prepare_run(config, typed):
     """The configuration and the checkpoint (or None) that a run starts from; writes nothing.
 
     Raises ValueError."""
     out = Path(config.out)
     if not config.resume:
-        if any(p.is_file() for p in (out, *out.parents)):
-            raise ValueError(f"--out {out} is, or lies beneath, a file")
         if out.is_dir() and any(out.iterdir()) and not config.overwrite:
             raise ValueError(f"{out} is in use; type --resume to go on, --overwrite to begin "
                              f"again, or another --out")
         return config, None
-    path = out / "checkpoint.pt"
-    if not path.exists():
-        raise ValueError(f"there is no run to resume in {out}")
-    state, saved = load_checkpoint(path, losses, network)
+    state, saved = load_checkpoint(out / "checkpoint.pt")
     for name in sorted(typed - {"steps", "out", "resume", "device"}):
-        if getattr(config, name) != getattr(saved, name):
-            raise ValueError(
-                f"{out} was made with --{name.replace('_', '-')} {getattr(saved, name)}, not "
-                f"{getattr(config, name)}; only --steps and --device may change on --resume")
+        check(getattr(config, name) == getattr(saved, name), name, getattr(config, name),
+              f"{getattr(saved, name)}, as {out} was made; only --steps and --device may change")
     steps = config.steps if "steps" in typed else saved.steps
-    if state["step"] > steps:
-        raise ValueError(f"{path} is at step {state['step']} already; --steps is {steps}")
-    config = dataclasses.replace(saved, resume=True, out=config.out, device=config.device,
-                                 steps=steps)
-    return config, state
+    check(steps >= state["step"], "steps", steps, f"at least {state['step']}, where {out} is")
+    return dataclasses.replace(saved, resume=True, out=config.out, device=config.device,
+                               steps=steps), state
 
 
 def read_data(data, config, device):
-    """data(config, device), and the gloo group over which processes wait for each other (or None).
-
-    The first process of each machine downloads or decodes; the others wait, hours if need be."""
+    """data(config, device). Of torchrun's processes the first of each machine reads (downloads,
+    decodes) first; the others wait, hours if need be."""
     if "WORLD_SIZE" not in os.environ:
-        return data(config, device), None
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+        return data(config, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(hours=12))
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
-        dist.barrier(patient)
+        dist.barrier()
     read = data(config, device)
     if first:
-        dist.barrier(patient)
-    return read, patient
+        dist.barrier()
+    return read
 
 
-def without_buffers(ddp):
-    """DDP that sends our four constant buffers once, not every step (torch renamed the option)."""
-    names = inspect.signature(ddp).parameters
-    old, new = "broadcast_buffers", "forward_sync_buffers"
-    return functools.partial(ddp, **{new if new in names else old: False})
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """A list to which SIGINT and SIGTERM add their numbers; the old handlers always come back."""
-    caught, old = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves them
-            old[number] = signal.signal(number, lambda number, frame: caught.append(number))
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+def concave_classes(counts, config):
+    """The classes for which 1 + lam * w <= 0: base loss plus lam * w * d has the curvature
+    2 (1 + lam * w) in eps_theta."""
+    w = capacity_weights(counts.cpu(), config.w_con, config.w_div)
+    return [] if config.no_cm else torch.where(1 + config.lam * w <= 0)[0].tolist()
 
 
 def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_unet, data=Data):
@@ -1206,86 +1143,50 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
 
     `typed`: the options that a --resume must match; `losses`: CapacityManipulation or a subclass of
     it; `network(config, num_classes, image_channels)`: a UNet; `data(config, device)`: `Data` or
-    what has its attributes and methods. Returns 0, or 128 + the signal that stopped it. Raises
-    ValueError on bad input, before anything is written, and FloatingPointError where the loss stops
-    being finite."""
-    config, state = prepare_run(config, typed, losses, network)
+    what has its attributes and methods. Raises ValueError on bad input, before anything is written,
+    and FloatingPointError where the loss stops being finite."""
+    config, state = prepare_run(config, typed)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(config.batch_size % world == 0, "batch_size", config.batch_size,
           f"divisible by the {world} processes")
     device = pick_device(config.device)
     kind = precision(config, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
-    data, patient = read_data(data, config, device)
+    data = read_data(data, config, device)
+    names, counts, out = data.names, data.counts.tolist(), Path(config.out)
+    if state and (state["names"], state["counts"]) != (names, counts):
+        raise ValueError(f"{out} was trained on other classes, or counts of them, than the data "
+                         f"have now")
 
     torch.manual_seed(hashed_seed("weights", config.seed))
-    unet = network(config, len(data.names), data.images.shape[1])
-    unet = lay_out(unet, device)
+    unet = lay_out(network(config, len(names), data.images.shape[1]), device)
+    ema = copy.deepcopy(unet).eval().requires_grad_(False)
     if config.compile:  # with eager's random numbers, so that --same-masks can draw masks again
         unet.compile(options={"fallback_random": True})
-    module = losses.from_config(unet, data.counts, config).to(device)  # may tell `unet` the counts
-    ema = copy.deepcopy(unet).eval().requires_grad_(False)
-    model = module
-    if patient:
-        # cuDNN writes a 1x1 kernel's strides in another way; its bytes are the same
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        model = without_buffers(nn.parallel.DistributedDataParallel)(module)
+    module = losses.from_config(unet, data.counts, config).to(device)
+    model = nn.parallel.DistributedDataParallel(module) if dist.is_initialized() else module
     parameters, ema_parameters = list(unet.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), fused=True)
-    out = Path(config.out)
-    log = Log(out / "log.csv", data.counts, device)
-    step_done = 0
+    scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
+    sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64, device=device)
+    parts = dict(model=unet, ema=ema, optimizer=optimizer, scaler=scaler)
+    step, rows = (state["step"], state["rows"]) if state else (0, [])
     if state:
-        path = out / "checkpoint.pt"
-        if state["counts"] != data.counts.tolist():
-            raise ValueError(f"{path} was trained on other class counts than "
-                             f"{config.data or config.dataset} has now")
-        load_weights(unet, state["model"], path)
-        load_weights(ema, state["ema"], path)
-        optimizer.load_state_dict(state["optimizer"])
-        for p, moments in optimizer.state.items():  # fused Adam wants this device's layout
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = torch.empty_like(p).copy_(moments[name])
-        if state["scaler"] and kind == "fp16":
-            scaler.load_state_dict(state["scaler"])
-        step_done = state["step"]
-        if rank == 0:
-            log.sums.copy_(state["log"][0])
-            log.totals.copy_(state["log"][1])
-            say_what_changed(state, world, kind)
+        restore(state, parts, sums if rank == 0 else None, out)
         state = None  # 610 MB for the paper's network
 
-    def save(step, sums, totals):
-        saved = dict(made_of(losses, network), config=stored_options(config), step=step,
-                     counts=data.counts.tolist(), names=data.names, model=unet.state_dict(),
-                     ema=ema.state_dict(), optimizer=optimizer.state_dict(), world=world,
-                     precision=kind, scaler=scaler.state_dict(), log=[sums, totals])
+    def save(summed):
+        saved = {name: part.state_dict() for name, part in parts.items()}
+        saved |= dict(config=stored_options(config), names=names, counts=counts, step=step,
+                      rows=rows, sums=summed)
         write_atomically(out / "checkpoint.pt", lambda path: torch.save(saved, path))
 
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(out, step_done)
-        log.start(step_done)
-        save(step_done, log.sums, log.totals)  # so that there always is a checkpoint to go on from
-        text = json.dumps(dict(made_of(losses, network), options=stored_options(config),
-                               classes=data.names, counts=data.counts.tolist()), indent=1)
-        write_atomically(out / "config.json", lambda path: path.write_text(text))
-        size = sum(p.numel() for p in merge(ema).parameters()) / 1e6
-        print(f"{config.dataset}: {len(data.images)} images, {len(data.names)} classes; "
-              f"{size:.2f} M parameters; {device}; {out}/")
-        concave = concave_classes(data.counts, config)
-        if concave:
-            print(f"note: 1 + λw <= 0 for {', '.join(data.names[k] for k in concave[:20])}: there "
-                  f"the loss has no minimum, in ε_θ either; a smaller --w-div makes it positive")
-        if device.type == "cpu" and config.preset == "paper":
-            print("note: this preset is for a GPU; --preset small with an --out of its own gives a "
-                  "result in minutes")
-
-    step, stopping, unread = step_done, 0, None
-    progress = tqdm(total=config.steps, initial=step_done, disable=rank > 0, unit="step",
-                    mininterval=1.0, dynamic_ncols=True)
-    with caught_signals() as signals, progress:
-        while step < config.steps and not stopping:
+    out.mkdir(parents=True, exist_ok=True)
+    progress = tqdm(total=config.steps, initial=step, disable=rank > 0, unit="step", mininterval=1)
+    with locked(out) if rank == 0 else contextlib.nullcontext(), progress:
+        if rank == 0:
+            begin(config, out, data, ema, rows)
+            save(sums)  # so that there always is a checkpoint to go on from
+        while step < config.steps:
             step += 1
             lr = config.lr * min(1.0, step / max(1, config.warmup))
             for group in optimizer.param_groups:
@@ -1295,110 +1196,67 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
                 loss, base, loss_cm, d = model(x0, y, t, eps, y_in)
             decay = min(config.ema, (1 + step) / (10 + step))  # short runs forget their start, too
             grad_norm = update(loss, parameters, ema_parameters, optimizer, scaler, decay)
-            loss, base, loss_cm = loss.detach(), base.detach(), loss_cm.detach()
-            log.add(y, loss, base, loss_cm, d, grad_norm)
+            if scaler.is_enabled():  # it skips a step whose gradient isn't finite
+                grad_norm = grad_norm.nan_to_num(0, 0, 0)
+            add_up(sums, y, loss, base, loss_cm, d, grad_norm)
 
-            stopping = signals[0] if signals else 0
-            if patient:
-                stopping = int(over_processes(torch.tensor(stopping), dist.ReduceOp.MAX, patient))
-            last = stopping or step == config.steps
-            logs = step % config.log_every == 0 or step == config.steps
-            saves = step % config.checkpoint_every == 0 or last
-            if unread:  # the step before, so that a GPU need not be waited for
-                check_finite(unread, data.names, out)
-            # float16's scaler skips a step whose gradient isn't finite: there only the loss counts
-            finite = torch.stack([loss, loss if scaler.is_enabled() else grad_norm]).isfinite()
-            unread = step, *on_its_way(finite), y, base
-            if device.type == "cpu" or logs or saves:  # nothing is written after a bad step
-                check_finite(unread, data.names, out)
-                unread = None
+            last = step == config.steps
+            logs, saves = (last or step % n == 0 for n in (config.log_every,
+                                                           config.checkpoint_every))
             if logs or saves:
-                if scaler.is_enabled() and scaler.get_scale() < 1:
-                    raise FloatingPointError(f"float16's gradients stay infinite at step {step}; "
-                                             f"try --amp bf16 or off")
-                sums, totals = log.summed()
+                summed = sums.clone()
+                if dist.is_initialized():
+                    dist.all_reduce(summed)
+                row = row_of(summed, step, lr, names, counts, out)
             if logs:
-                log.clear()
-                if rank == 0:
-                    log.write(step, lr, sums, totals)
-                sums, totals = torch.zeros_like(sums), torch.zeros_like(totals)
+                rows.append(row)
+                sums.zero_()
+                summed.zero_()
+            if logs and rank == 0:
+                write_log(out / "log.csv", rows)
             if saves and rank == 0:
-                save(step, sums, totals)
+                save(summed)
             progress.update()
             if step % 20 == 0 and rank == 0:
-                text = f"base {float(base.mean()):.4f}, cm {float(loss_cm.mean()):+.4f}"
-                progress.set_postfix_str(text, refresh=False)
-    if rank == 0 and step == config.steps:
-        write_atomically(out / "merged.pt", lambda p: torch.save(merge(ema).state_dict(), p))
-        report(ema, data, config, out)
-    elif rank == 0:
-        where = f" --device {config.device}" if config.device else ""
-        print(f"stopped at step {step}; go on with: {launcher()} cm.py --out {out} --resume{where}",
-              file=sys.stderr)
-    if patient:
+                progress.set_postfix_str(f"base {float(base.mean()):.4f}", refresh=False)
+        if rank == 0:
+            report(ema, data, config, rows, out)
+    if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if step == config.steps else 128 + stopping
 
 
-def concave_classes(counts, config):
-    """The classes for which 1 + lam * w <= 0: base loss plus lam * w * d has the curvature
-    2 (1 + lam * w) in eps_theta."""
-    if config.no_cm:
-        return []
-    w = capacity_weights(counts.cpu(), config.w_con, config.w_div)
-    return torch.where(1 + config.lam * w <= 0)[0].tolist()
+def restore(state, parts, sums, out):
+    """Fill what a run is made of from its checkpoint."""
+    for name in ("model", "ema"):
+        load_weights(parts[name], state[name], out)
+    parts["optimizer"].load_state_dict(state["optimizer"])
+    for p, moments in parts["optimizer"].state.items():  # fused Adam wants this device's layout
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(p).copy_(moments[name])
+    if state["scaler"] and parts["scaler"].is_enabled():
+        parts["scaler"].load_state_dict(state["scaler"])
+    if sums is not None:
+        sums.copy_(state["sums"])
 
 
-def clear_leftovers(out, step_done):
-    """Remove the temporary files of a killed run and, from step 0 on, what an older run made."""
-    results = [out / name for name in ("merged.pt", "samples.png", "curves.png")]
-    for path in [*out.glob(".*.tmp*"), *(results if step_done == 0 else [])]:
-        path.unlink(missing_ok=True)
-
-
-def launcher():
-    """How this process was started, as typed: python, or torchrun with its numbers."""
-    world, local = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if "WORLD_SIZE" not in os.environ:
-        return "python"
-    nodes = f"--nnodes {world // local} " if world > local else ""
-    return f"torchrun {nodes}--nproc-per-node {local}"
-
-
-def say_what_changed(state, world, kind):
-    """A resumed run under other processes or precision isn't the run that it would have been."""
-    if state["world"] != world:
-        print(f"note: {state['world']} process(es) before, {world} now: other batches from here on",
-              file=sys.stderr)
-    if state["precision"] != kind:
-        print(f"note: precision was {state['precision']} before and is {kind} now", file=sys.stderr)
-
-
-def on_its_way(flags):
-    """(a copy of `flags` on the CPU, the event after which it is whole, None if it is already)."""
-    copied = flags.to("cpu", non_blocking=True)
-    if not flags.is_cuda:
-        return copied, None
-    event = torch.cuda.Event()
-    event.record()
-    return copied, event
-
-
-def check_finite(unread, names, out):
-    """Raises FloatingPointError that names the step, its class losses and the last good checkpoint.
-
-    `unread` is (step, [loss, gradient] finite, its event, y [B], base [B])."""
-    step, finite, event, y, base = unread
-    if event:  # .tolist() of a flag on the GPU would wait for the step in progress, too
-        event.synchronize()
-    loss_finite, gradient_finite = finite.tolist()
-    if loss_finite and gradient_finite:
-        return
-    what = "gradient" if loss_finite else "loss"
-    losses = ", ".join(f"{names[k]} {float(base[y == k].mean()):.3g}"
-                       for k in y.unique().tolist()[:20])
-    raise FloatingPointError(f"the {what} is not finite at step {step}; base loss in this batch: "
-                             f"{losses}; the last good checkpoint is {out}/checkpoint.pt")
+def begin(config, out, data, ema, rows):
+    """Write config.json and say what a run trains; remove what an older run left."""
+    for name in () if rows else ("log.csv", "merged.pt", "samples.png", "curves.png"):
+        (out / name).unlink(missing_ok=True)
+    if rows:
+        write_log(out / "log.csv", rows)
+    text = json.dumps(dict(options=stored_options(config), classes=data.names,
+                           counts=data.counts.tolist()), indent=1)
+    write_atomically(out / "config.json", lambda path: path.write_text(text))
+    size = sum(p.numel() for p in merge(ema).parameters()) / 1e6
+    print(f"{config.dataset}: {len(data.images)} images, {len(data.names)} classes; "
+          f"{size:.2f} M parameters; {data.images.device}; {out}/")
+    concave = concave_classes(data.counts, config)
+    if concave:
+        print(f"note: 1 + λw <= 0 for {', '.join(data.names[k] for k in concave[:20])}: there the "
+              f"loss has no minimum, in ε_θ either; a smaller --w-div makes it positive")
+    if data.images.device.type == "cpu" and config.preset == "paper":
+        print("note: this preset is for a GPU; --preset small gives a result in minutes")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1407,8 +1265,8 @@ def check_finite(unread, names, out):
 
 @torch.no_grad()
 def held_out_loss(unet, images, labels, num_classes, per_class=32, times=8):
-    """Per-class held-out loss: (eps-loss of theta [C], of theta_g [C], d [C]), float64, nan for
-    classes without images.
+    """Per-class held-out loss of a network in eval mode: (eps-loss of theta [C], of theta_g [C],
+    d [C]), float64, nan for classes without images.
 
     Plain eps target whatever the base loss, the first `per_class` images of each class, a fixed
     time grid and fixed noise: so differences between networks are sharp. images uint8
@@ -1417,77 +1275,74 @@ def held_out_loss(unet, images, labels, num_classes, per_class=32, times=8):
     images, labels = images[index], labels[index]
     alpha_bar, generator = make_alpha_bar(images.device), torch.Generator().manual_seed(0)
     sums = torch.zeros(4, num_classes, dtype=torch.float64)
-    was_training = unet.training
-    unet.eval()
     for k in range(times):
-        for i in range(0, len(images), 250):
-            x0, y = to_float(images[i:i + 250]), labels[i:i + 250]
+        for x0, y in zip(to_float(images).split(250), labels.split(250), strict=True):
             t = torch.full_like(y, int((k + 0.5) * T / times))
             eps = torch.randn(x0.shape, generator=generator).to(x0.device)
             x_t = add_noise(x0, t, eps, alpha_bar)
             eps_theta = unet(x_t, t, y)
             with general_only(unet):
                 eps_theta_g = unet(x_t, t, y)
-            values = torch.stack([squared_distance(eps_theta, eps),
-                                  squared_distance(eps_theta_g, eps),
-                                  squared_distance(eps_theta, eps_theta_g),
-                                  torch.ones(len(y), device=y.device)])
+            pairs = (eps_theta, eps), (eps_theta_g, eps), (eps_theta, eps_theta_g)
+            values = [squared_distance(a, b) for a, b in pairs]
+            values = torch.stack([*values, torch.ones_like(values[0])])
             sums.index_add_(1, y.cpu(), values.double().cpu())
-    unet.train(was_training)
     return tuple(sums[:3] / sums[3])
 
 
-def report(ema, data, config, out):
-    """Print the held-out table, draw samples.png and curves.png."""
+def report(ema, data, config, rows, out):
+    """Write merged.pt, print the held-out table, draw samples.png and curves.png."""
+    write_atomically(out / "merged.pt", lambda path: torch.save(merge(ema).state_dict(), path))
     counts = data.counts.cpu()
-    omega_con, omega_div = class_weights(counts)
     per_class = max(1, min(32, 2000 // len(counts)))
-    loss, loss_g, d = held_out_loss(ema, data.held_out, data.held_out_labels, len(counts),
-                                    per_class)
-    shown = groups(counts)
-    labels = [data.names[int(g)] if g.isdigit() else g for g in shown]
-    width = max(map(len, labels))
-    header = f"{'class':{width}}  {'count':>6} {'ω_Con':>7} {'ω_Div':>7} {'loss θ':>8}"
-    if not config.no_cm:
-        header += f" {'loss θ_g':>8} {'d (no dropout)':>15}"
+    losses = held_out_loss(ema, data.held_out, data.held_out_labels, len(counts), per_class)
+    columns = dict(zip(("ω_Con", "ω_Div", "loss θ", "loss θ_g", "d (no dropout)"),
+                       (*class_weights(counts), *losses), strict=True))
+    if config.no_cm:
+        del columns["loss θ_g"], columns["d (no dropout)"]
+    labels = {g: f"{g} {data.names[int(g)]}" if g.isdigit() else g for g in groups(counts)}
+    width = max(map(len, labels.values()))
+    header = f"{'class':{width}} {'count':>7}" + "".join(f"{name:>15}" for name in columns)
+    header += "" if config.no_cm else f"{'d (training)':>15}"
     print(f"\nε-loss on {data.held_out_name}, {per_class} images a class\n{header}")
-    for label, k in zip(labels, shown.values(), strict=True):
-        if label == "Many":
-            print("-" * width)
-        row = (f"{label:{width}}  {int(counts[k].sum()):6d} {float(omega_con[k].mean()):7.3f} "
-               f"{float(omega_div[k].mean()):7.3f} {float(loss[k].nanmean()):8.5f}")
-        if not config.no_cm:
-            row += f" {float(loss_g[k].nanmean()):8.5f} {float(d[k].nanmean()):15.2e}"
-        print(row)
+    for group, k in groups(counts).items():
+        row = f"{labels[group]:{width}} {int(counts[k].sum()):7d}"
+        row += "".join(f"{float(values[k].nanmean()):15.4g}" for values in columns.values())
+        row += "" if config.no_cm else f"{rows[-1][f'd_{group}']:15.4g}"
+        print("-" * len(header) + "\n" + row if group == "Many" else row)
     if not config.no_cm:
-        print("θ against θ_g shows where the expertise lies, not whether CM helps. For that, train "
-              "the plain network:\nthe same command with --no-cm and another --out, here: python "
-              f"cm.py --dataset {config.dataset} --no-cm --out {config.out}-plain")
+        print("d (training) is that of log.csv's last row, under dropout. θ against θ_g shows "
+              "where the expertise\nlies, not whether CM helps: for that, train with --no-cm, too.")
     draw_samples(ema, data, config, out / "samples.png")
-    draw_curves(out / "log.csv", data, config, out / "curves.png")
+    draw_curves(rows, data, config, out / "curves.png")
     print(f"\npictures, weights and log in {out}/")
+
+
+def given(config, y, guidance):
+    """What a trained network is given of labels y and a guidance: nothing where it knows none."""
+    return (y, guidance) if config.label_drop < 1 else (torch.full_like(y, -1), 0.0)
 
 
 def draw_samples(ema, data, config, path, columns=8):
     """A row a class, most frequent first: real images, then theta, theta_g from the same noise."""
     shown = shown_classes(data.counts.cpu())
     y = torch.tensor(shown, device=data.counts.device).repeat_interleave(columns)
-    unconditional = config.label_drop == 1
-    y_in = torch.full_like(y, -1) if unconditional else y
-    guidance = 0.0 if unconditional else config.guidance
+    y_in, guidance = given(config, y, config.guidance)
     seeds = [hashed_seed("image", config.seed, i) for i in range(len(y))]
+    how = f"guidance {guidance:g}" if config.label_drop < 1 else "any class"
+    panels = {"real (training set)": data.first(shown, columns)}
+    for title, context in (("θ", contextlib.nullcontext()), ("θ_g, without BA", general_only(ema))):
+        if title == "θ" or not config.no_cm:
+            with context:
+                unet = merge(ema)
+            panels[f"{title}, {how}"] = to_uint8(sample(unet, y_in, data.images.shape[1:],
+                                                        guidance=guidance, seeds=seeds))
+    draw_panels(panels, [f"{data.names[k]}  {int(data.counts[k])}" for k in shown], path)
 
-    def generated():
-        shape = data.images.shape[1:]
-        return to_uint8(sample(merge(ema), y_in, shape, guidance=guidance, seeds=seeds))
 
-    how = "any class" if unconditional else f"guidance {guidance:g}"
-    panels = {"real (training set)": data.first(shown, columns), f"θ, {how}": generated()}
-    if not config.no_cm:
-        with general_only(ema):
-            panels[f"θ_g, without BA, {how}"] = generated()
-    names = [f"{data.names[k]}  {int(data.counts[k])}" for k in shown]
-    draw_panels(panels, names, path)
+def plain_text(name):
+    """A class's name for matplotlib: $ begins no formula, a leading _ hides nothing."""
+    return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
 def draw_panels(panels, names, path):
@@ -1498,39 +1353,35 @@ def draw_panels(panels, names, path):
     side = max(1.6, 0.075 * max(map(len, names)))  # inches
     figure = Figure(figsize=(side + 0.42 * columns * len(panels), 0.42 * rows + 0.7),
                     layout="constrained")
-    axes = figure.subplots(1, len(panels))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
         _, channels, height, width = images.shape
         grid = images.cpu().view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-        grid = grid.reshape(rows * height, columns * width, channels)
-        axis.imshow(grid.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255,
-                    interpolation="nearest")
+        grid = grid.reshape(rows * height, columns * width, channels).squeeze(-1)
+        axis.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
-    axes[0].set_yticks([(i + 0.5) * height for i in range(rows)], names, fontsize=8)
+    axes[0].set_yticks([(i + 0.5) * height for i in range(rows)], map(plain_text, names),
+                       fontsize=8)
     write_atomically(path, lambda p: figure.savefig(p, dpi=130))
 
 
-def draw_curves(log, data, config, path):
+def draw_curves(rows, data, config, path):
     """Per-class d and base loss over steps, coloured from the majority to the minority."""
     import matplotlib
     from matplotlib.figure import Figure
-    with open(log, newline="") as f:
-        rows = list(csv.DictReader(f))
-    steps = [int(r["step"]) for r in rows]
     shown = shown_classes(data.counts.cpu())
-    kinds = {"base": "base loss"}
-    if not config.no_cm:
-        kinds = {"d": "d = ‖ε_θ − ε_θg‖²"} | kinds
+    kinds = {} if config.no_cm else {"d": "d = ‖ε_θ − ε_θg‖², in training"}
+    kinds |= {"base": "base loss"}
     figure = Figure(figsize=(4.6 * len(kinds) + 1.6, 3.4), layout="constrained")
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
         for i, k in enumerate(shown):
-            colour = matplotlib.colormaps["viridis"](i / max(1, len(shown) - 1))
-            axis.plot(steps, np.array([float(r[f"{kind}_{k}"]) for r in rows]), lw=1, color=colour,
+            axis.plot([row["step"] for row in rows], [row[f"{kind}_{k}"] for row in rows], lw=1,
+                      color=matplotlib.colormaps["viridis"](i / max(1, len(shown) - 1)),
                       marker="." if len(rows) < 3 else "",
-                      label=f"{data.names[k]} ({int(data.counts[k])})")
+                      label=plain_text(f"{data.names[k]} ({int(data.counts[k])})"))
         axis.set(title=title, xlabel="step")
-        if any((line.get_ydata() > 0).any() for line in axis.lines):  # d is 0 while BA is
+        if any(value > 0 for line in axis.lines for value in line.get_ydata()):
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5),
@@ -1540,56 +1391,58 @@ def draw_curves(log, data, config, path):
     write_atomically(path, lambda p: figure.savefig(p, dpi=130))
 
 
-def generate(config, losses=CapacityManipulation, network=make_unet):
+def generate(config, network=make_unet):
     """--sample: write an .npz in ADM's layout, arr_0 uint8 [N, H, W, C] and arr_1 labels; beside
-    them counts, guidance, sampler, sample_steps. `losses` and `network` are those of `train`.
+    them counts, guidance, sampler, sample_steps; and a picture. `network` as `train`'s.
 
     Raises ValueError on bad input, FloatingPointError where an image isn't finite."""
-    trained, ema, counts = load_trained(config.sample, losses=losses, network=network)
-    num_images, device = config.num_images, pick_device(config.device)
+    trained, ema, counts = load_trained(config.sample, network=network)
+    names = load_checkpoint(config.sample)[0]["names"]
+    device = pick_device(config.device)
     kind = precision(config, device)
+    chosen = list(config.labels or range(len(counts)))
+    out = Path(config.out or Path(config.sample).parent / "samples.npz")
     if config.general_only and trained.no_cm:
         raise ValueError(f"{config.sample} was trained with --no-cm: there is no theta_g to sample")
-    chosen = list(range(len(counts))) if config.labels is None else list(config.labels)
-    for k in chosen:
-        if not 0 <= k < len(counts):
-            raise ValueError(f"--labels {k} is out of range; {config.sample} has classes 0 to "
-                             f"{len(counts) - 1}")
-    unconditional = trained.label_drop == 1
-    if config.labels and unconditional:
-        raise ValueError(f"{config.sample} was trained without labels: --labels can't be chosen")
-    out = Path(config.out or Path(config.sample).parent / "samples.npz")
-    if out.suffix != ".npz":
-        raise ValueError(f"--out {out} must end in .npz with --sample")
+    check(min(chosen) >= 0 and max(chosen) < len(counts), "labels", config.labels,
+          f"from 0 to {len(counts) - 1}")
+    check(not config.labels or trained.label_drop < 1, "labels", config.labels,
+          f"left away: {config.sample} was trained without labels")
+    check(out.suffix == ".npz", "out", out, "a name that ends in .npz, with --sample")
+    check(out.parent.is_dir(), "out", out, "in a directory that exists")
     if out.exists() and not config.overwrite:
         raise ValueError(f"{out} exists; type --overwrite, or another --out FILE.npz")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: {out.parent} is not a directory")
+
     with general_only(ema) if config.general_only else contextlib.nullcontext():
         unet = lay_out(merge(ema), device)
     shape = (unet.encoder[0].in_channels, trained.image_size, trained.image_size)
-    steps = sampler_steps(config.sampler, config.sample_steps)
-    guidance = 0.0 if unconditional else config.guidance
-    labels = torch.tensor([chosen[i % len(chosen)] for i in range(num_images)])
-    images = np.empty((num_images, *shape[1:], shape[0]), np.uint8)
-    with tqdm(total=num_images, unit="image") as progress, autocast(kind, device):
-        for i in range(0, num_images, config.sample_batch):
-            y = labels[i:i + config.sample_batch]
-            seeds = [hashed_seed("image", config.seed, i + j) for j in range(len(y))]
-            y_in = torch.full_like(y, -1) if unconditional else y
-            x = sample(unet, y_in.to(device), shape, config.sampler, steps, guidance, seeds)
+    labels = torch.tensor([chosen[i % len(chosen)] for i in range(config.num_images)])
+    y_in, guidance = given(trained, labels, config.guidance)
+    images = []
+    with tqdm(total=len(labels), unit="image") as progress, autocast(kind, device):
+        for y in y_in.split(config.sample_batch):
+            seeds = [hashed_seed("image", config.seed, progress.n + i) for i in range(len(y))]
+            x = sample(unet, y.to(device), shape, config.sampler, config.sample_steps, guidance,
+                       seeds)
             if not x.isfinite().all():
                 raise FloatingPointError(f"images from {config.sample} are not finite; nothing was "
                                          f"written")
-            images[i:i + len(y)] = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+            images.append(to_uint8(x).cpu())
             progress.update(len(y))
-    arrays = dict(arr_0=images, counts=np.array(counts), guidance=guidance,
-                  sampler=config.sampler, sample_steps=steps)
-    if not unconditional:  # an unconditional image has no label
+    images = torch.cat(images)
+    arrays = dict(arr_0=images.permute(0, 2, 3, 1).numpy(), counts=np.array(counts),
+                  guidance=guidance, sampler=config.sampler,
+                  sample_steps=config.sample_steps or SAMPLERS[config.sampler][1])
+    if trained.label_drop < 1:  # an unconditional image has no label
         arrays["arr_1"] = labels.numpy()
     write_atomically(out, lambda p: np.savez(p, **arrays))
-    print(f"{num_images} images of {'theta_g' if config.general_only else 'theta'} in {out}")
-    return 0
+
+    shown = [k for k in shown_classes(counts) if (labels == k).any()]
+    columns = min(8, *(int((labels == k).sum()) for k in shown))
+    first = torch.cat([images[labels == k][:columns] for k in shown])
+    draw_panels({out.name: first}, [f"{k} {names[k]}" for k in shown], out.with_suffix(".png"))
+    print(f"{len(labels)} images of {'theta_g' if config.general_only else 'theta'} in {out}, "
+          f"the first of each class in {out.with_suffix('.png')}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1598,7 +1451,7 @@ def generate(config, losses=CapacityManipulation, network=make_unet):
 PRESETS = {
     "paper": dict(image_size=32, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
                   dropout=0.1, rank_ratio=0.1, batch_size=64, steps=300_000, lr=2e-4, warmup=5000,
-                  base="oc", log_every=500, checkpoint_every=5000),
+                  base="oc", log_every=500, checkpoint_every=1000),
     "small": dict(image_size=16, channels=16, multipliers=(1, 2, 2), blocks=1, attention=(),
                   dropout=0.1, rank_ratio=0.1, batch_size=32, steps=4200, lr=3e-3, warmup=None,
                   base="ddpm", log_every=50, checkpoint_every=500),
@@ -1616,95 +1469,75 @@ class Config:
     """Every option of a run. `config.json` in the run directory holds it, presets filled in."""
 
     dataset: str = option("data", "fashion16", "images to train on", choices=list(DATASETS))
-    data: str = option(
-        "data", None, "where they lie: torchvision's root, or an image tree (folder; held-out "
-        "images in DIR/val); fashion16 lies beside cm.py [default: data]")
-    ir: float = option(
-        "data", None, "imbalance ratio, most over least frequent class; 1 keeps the set as it is "
-        "(Sec. 4.1) [default: 100; folder: 1]")
-    n_max: int = option(
-        "data", None, "images in the largest class, the others by --ir [default: all; where "
-        "classes differ: as many as the smallest has]")
-    subset_seed: int = option(
-        "data", 0, "draws which images of a class are kept; 0 is the published draw")
-    resample: float = option(
-        "data", 1.0, "draw classes with p_c ~ N_c^q: 0.5 square root, 0 class-balanced, 1 off "
-        "(Sec. 4.1, RS)", metavar="Q")
-    flip: bool = option(
-        "data", None, "horizontal flips [default: yes; fashion, fashion16: no, their shoes all "
-        "point one way]")
+    data: str = option("data", None, "torchvision's root, or an image tree (folder; held-out "
+                       "images in DIR/val) [default: data]")
+    ir: float = option("data", None, "imbalance ratio, most over least frequent class; 1 keeps the "
+                       "set as it is (Sec. 4.1) [default: 100; folder: 1]")
+    n_max: int = option("data", None, "images in the largest class, the others by --ir [default: "
+                        "all; where classes differ: as many as the smallest has]")
+    subset_seed: int = option("data", 0, "draws a class's images; 0 is the published draw")
+    resample: float = option("data", 1.0, "draw classes with p_c ~ N_c^q: 0.5 square root (RS), 0 "
+                             "class-balanced, 1 off (Sec. 4.1)", metavar="Q")
+    flip: bool = option("data", None, "horizontal flips [default: yes; fashion, fashion16: no, "
+                        "their shoes all point one way]")
 
-    preset: str = option(
-        "network", None, "the paper's (Sec. G.1), or small, for a CPU [default: small for "
-        "fashion16 and fashion, else paper]", choices=list(PRESETS))
+    preset: str = option("network", None, "the paper's (Sec. G.1), or small, for a CPU [default: "
+                         "small for fashion16 and fashion, else paper]", choices=list(PRESETS))
     image_size: int = option("network", None, "side of the square images, in pixels")
     channels: int = option("network", None, "width of the first level")
-    multipliers: tuple = option(
-        "network", None, "width multiplier of each level (Fig. 4d)", type=int)
+    multipliers: tuple = option("network", None, "width of each level (Fig. 4d)", type=int)
     blocks: int = option("network", None, "residual blocks a level")
-    attention: tuple = option(
-        "network", None, "resolutions with attention, besides the middle", type=int, nargs="*")
+    attention: tuple = option("network", None, "resolutions with attention, besides the middle",
+                              type=int, nargs="*")
     dropout: float = option("network", None, "dropout rate (Sec. G.1)")
 
     no_cm: bool = option("method", False, "the plain network: no reservation, base loss only")
     rank_ratio: float = option("method", None, "rank of BA over full rank (Eq. 1, Sec. G.1)")
     lam: float = option("method", 1.0, "lambda, weight of L_CM (Eq. 4)")
-    w_con: float = option(
-        "method", 1.0, "weight of omega_con in L_CM (Eq. 2); 0 is without L_Con (Tab. 7)")
-    w_div: float = option(
-        "method", 0.2, "weight of omega_div in L_CM; 0.2 is the authors' code's, 1 Eq. (2) as "
-        "printed, 0 without L_Div (Tab. 7)")
-    div_margin: float = option(
-        "method", 0.1, "fuse: the distance up to which divergence is rewarded; inf is none, as in "
-        "the authors' code (README)")
-    same_masks: bool = option(
-        "method", False, "theta and theta_g draw the same dropout masks, so that L_CM sees "
-        "capacity alone; in the authors' code each draws its own")
-    base: str = option(
-        "method", None, "base loss (Sec. 3.2, D)", choices=["oc", "ddpm", "cbdm", "focal"])
-    cbdm_prior: str = option(
-        "method", "uniform", "classes y' of CBDM: uniform as Eq. (D.1), or by frequency as the "
-        "published code", choices=["uniform", "frequency"])
+    w_con: float = option("method", 1.0, "weight of omega_con (Eq. 2); 0: no L_Con (Tab. 7)")
+    w_div: float = option("method", 0.2, "weight of omega_div; 0.2 is the authors' code's, 1 Eq. "
+                          "(2) as printed, 0 without L_Div (Tab. 7)")
+    div_margin: float = option("method", 0.1, "fuse: the distance up to which divergence is "
+                               "rewarded; inf is none, as in the authors' code (README)")
+    same_masks: bool = option("method", False, "theta and theta_g share their dropout masks: L_CM "
+                              "sees capacity alone; in the authors' code each draws its own")
+    base: str = option("method", None, "base loss (Sec. 3.2, D)",
+                       choices=["oc", "ddpm", "cbdm", "focal"])
+    cbdm_prior: str = option("method", "uniform", "classes y' of CBDM: uniform as Eq. (D.1), or by "
+                             "frequency as its code", choices=["uniform", "frequency"])
 
     steps: int = option("training", None, "training steps (Sec. G.1)")
     batch_size: int = option("training", None, "images a step, over all processes (Sec. G.1)")
     lr: float = option("training", None, "Adam's learning rate after warm-up (Sec. G.1)")
-    warmup: int = option(
-        "training", None,
-        "steps of linear warm-up (Sec. G.1) [default: paper 5000, small steps/60]")
-    label_drop: float = option(
-        "training", 0.1, "share of samples trained without their label (for guidance); 1 is an "
-        "unconditional network")
+    warmup: int = option("training", None, "steps of linear warm-up (Sec. G.1) [default: paper "
+                         "5000, small steps/60]")
+    label_drop: float = option("training", 0.1, "share of samples trained without their label (for "
+                               "guidance); 1 is an unconditional network")
     ema: float = option("training", 0.9999, "largest decay of the weights' moving average")
     seed: int = option("training", 0, "seed of weights, batches and sampling, below 2^63")
-    amp: str = option(
-        "training", "auto", "mixed precision on CUDA: auto is bf16 where the GPU has it, else "
-        "fp16; off is float32 without TF32", choices=["auto", "bf16", "fp16", "off"])
+    amp: str = option("training", "auto", "mixed precision on CUDA: auto is bf16 where the GPU has "
+                      "it, else fp16; off is float32 without TF32",
+                      choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option("training", False, "torch.compile the network")
-    device: str = option("training", None, "cpu, cuda, cuda:1, ... [default: cuda if there is one]")
+    device: str = option("training", None, "cpu, cuda, cuda:1, ... [default: cuda if it is there]")
 
-    out: str = option(
-        "run", None, "run directory, or the .npz that --sample writes [default: runs/DATASET; "
-        "samples.npz beside the checkpoint]")
-    resume: bool = option(
-        "run", False, "go on from --out's checkpoint; --steps and --device may change")
+    out: str = option("run", None, "run directory, or the .npz that --sample writes [default: "
+                      "runs/DATASET; samples.npz beside the checkpoint]")
+    resume: bool = option("run", False, "go on from --out's checkpoint; --steps and --device may "
+                          "change")
     overwrite: bool = option("run", False, "write into a directory that is in use")
     checkpoint_every: int = option("run", None, "steps between checkpoints")
     log_every: int = option("run", None, "steps between rows of log.csv")
 
-    sample: str = option(
-        "sampling", None, "generate images from this checkpoint.pt instead of training",
-        metavar="CHECKPOINT")
+    sample: str = option("sampling", None, "generate images from this checkpoint.pt instead of "
+                         "training", metavar="CHECKPOINT")
     num_images: int = option("sampling", 50_000, "how many (Sec. 4.1)")
     labels: tuple = option("sampling", None, "only these classes, in equal numbers", type=int)
-    sampler: str = option(
-        "sampling", "ddim", "50-step DDIM (Sec. G.1), 1000-step DDPM (Alg. C.1) or 15-step "
-        "DPM-Solver++ (Tab. G.10: DPM-Solver)", choices=["ddim", "ddpm", "dpm"])
-    sample_steps: int = option(
-        "sampling", None, "sampler steps [default: ddim 50, ddpm 1000, dpm 15]")
-    guidance: float = option(
-        "sampling", 1.5, "classifier-free guidance w in eps_c + w (eps_c - eps_null), as in the "
-        "authors' evaluation; 0 is off")
+    sampler: str = option("sampling", "ddim", "50-step DDIM (Sec. G.1), 1000-step DDPM (Alg. C.1) "
+                          "or 15-step DPM-Solver++ (Tab. G.10: DPM-Solver)", choices=list(SAMPLERS))
+    sample_steps: int = option("sampling", None, "sampler steps [default: the above]")
+    guidance: float = option("sampling", 1.5, "classifier-free guidance w in eps_c + w (eps_c - "
+                             "eps_null), as in the authors' evaluation; 0 is off")
     general_only: bool = option("sampling", False, "sample theta_g, without BA (Tab. 7)")
     sample_batch: int = option("sampling", 250, "images at a time")
 
@@ -1714,42 +1547,38 @@ class Config:
 
     def resolved(self):
         """A copy with every preset-dependent field filled in. Raises ValueError on nonsense."""
-        config = dataclasses.replace(self)
-        config.preset = config.preset or DATASETS[config.dataset]
-        for name, value in PRESETS[config.preset].items():
-            if getattr(config, name) is None:
-                setattr(config, name, value)
-        if config.ir is None:
+        config = dataclasses.replace(self, preset=self.preset or DATASETS[self.dataset])
+        if config.warmup is None and config.preset == "small":
+            config.warmup = max(1, (config.steps or PRESETS["small"]["steps"]) // 60)  # as 5,000
+        if config.ir is None:  # of 300,000
             config.ir = 1.0 if config.dataset == "folder" else 100.0
         if config.flip is None:
             config.flip = config.dataset not in ("fashion16", "fashion")
-        if config.warmup is None:  # the paper's 5,000 of 300,000, scaled to the planned length
-            config.warmup = max(1, config.steps // 60)
+        for name, value in PRESETS[config.preset].items():
+            if getattr(config, name) is None:
+                setattr(config, name, value)
         config.out = config.out or f"runs/{config.dataset}"
         config.check()
         return config
 
     def check(self):
         """Raises ValueError, one line, on a value that makes no sense."""
-        for name in ("steps", "image_size", "channels", "blocks", "batch_size", "log_every",
-                     "checkpoint_every", "num_images", "sample_batch", "ir"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lam", "w_con", "w_div", "resample", "warmup", "seed", "lr"):
-            check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
-        for name in ("dropout", "ema"):
-            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        check(0 <= self.label_drop <= 1, "label_drop", self.label_drop, "in [0, 1]")
-        check(self.seed < 2**63, "seed", self.seed, "below 2^63")
-        check(self.n_max is None or self.n_max >= 1, "n_max", self.n_max, "at least 1")
-        check(0 <= self.subset_seed < 2**32, "subset_seed", self.subset_seed, "in [0, 2^32)")
-        check(0 < self.rank_ratio <= 1, "rank_ratio", self.rank_ratio, "in (0, 1]")
+        positive = ("steps image_size channels blocks batch_size log_every checkpoint_every "
+                    "num_images sample_batch ir n_max sample_steps")
+        weights = "lam w_con w_div resample warmup lr guidance"
+        below = {"dropout": 1, "ema": 1, "seed": 2**63, "subset_seed": 2**32, "resample": 11}
+        for name, value in vars(self).items():
+            if name in positive.split() and value is not None:
+                check(1 <= value < math.inf, name, value, "at least 1")
+            if name in weights.split():
+                check(0 <= value < math.inf, name, value, "at least 0")
+            if name in below:
+                check(0 <= value < below[name], name, value, f"at least 0 and below {below[name]}")
         check(self.div_margin >= 0, "div_margin", self.div_margin, "at least 0")
-        check(math.isfinite(self.guidance), "guidance", self.guidance, "a finite number")
-        sampler_steps(self.sampler, self.sample_steps)
-        check(self.channels % 2 == 0, "channels", self.channels, "even")
-        check(self.channels < 128 or self.channels % 32 == 0, "channels", self.channels,
-              "divisible by 32, GroupNorm's groups, from 128 on")
-        check(self.resample <= 10, "resample", self.resample, "at most 10")
+        check(0 <= self.label_drop <= 1, "label_drop", self.label_drop, "in [0, 1]")
+        check(0 < self.rank_ratio <= 1, "rank_ratio", self.rank_ratio, "in (0, 1]")
+        check(self.channels % (2 if self.channels < 128 else 32) == 0, "channels", self.channels,
+              "even, and from 128 on divisible by 32, GroupNorm's groups")
         check(min(self.multipliers) >= 1, "multipliers", self.multipliers, "at least 1 a level")
         stride = 2 ** (len(self.multipliers) - 1)
         check(self.image_size % stride == 0, "image_size", self.image_size,
@@ -1774,7 +1603,7 @@ def parse(argv):
     sections = {}
     for field in dataclasses.fields(Config):
         extra = dict(field.metadata)
-        title, text = extra.pop("group"), extra.pop("help").replace("%", "%%")
+        title, text = extra.pop("group"), extra.pop("help")
         if title not in sections:
             sections[title] = parser.add_argument_group(title)
         if field.name in PRESETS["paper"] and "[" not in text:
@@ -1782,12 +1611,11 @@ def parse(argv):
             text += f" [default: {', '.join(values)}]"
         elif field.default is not None and field.type is not bool:
             text += f" [default: {spell(field.default)}]"
-        if field.type is bool and field.default is None:
-            extra["action"] = argparse.BooleanOptionalAction
-        elif field.type is bool:
-            extra["action"] = "store_true"
+        if field.type is bool:
+            both = field.default is None
+            extra["action"] = argparse.BooleanOptionalAction if both else "store_true"
         else:
-            extra.setdefault("type", field.type)
+            extra = dict(type=field.type) | extra
             if field.type is tuple:
                 extra.setdefault("nargs", "+")
             if "choices" not in extra:
@@ -1804,6 +1632,17 @@ def spell(value):
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def check_used(config, typed):
+    """Raises ValueError where an option was typed that the command ignores."""
+    sampling = {f.name for f in dataclasses.fields(config) if f.metadata["group"] == "sampling"}
+    shared = {"seed", "amp", "device", "out", "overwrite"}
+    for name in sorted(typed - sampling - shared if config.sample else typed & sampling):
+        raise ValueError(f"--{name.replace('_', '-')} has no meaning "
+                         f"{'with' if config.sample else 'without'} --sample")
+    if config.sample and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--sample is one process's work; type python instead of torchrun")
+
+
 def fail(message):
     """One line on stderr, status 2."""
     print(f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split()), file=sys.stderr)
@@ -1811,17 +1650,26 @@ def fail(message):
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without Greek letters shows ?
+            stream.reconfigure(errors="replace")
     config, typed = parse(argv)
     try:
+        check_used(config, typed)
         if config.sample:
             config.resolved()  # for its checks
-            return generate(config)
-        return train(config.resolved(), typed)
+            generate(config)
+        else:
+            train(config.resolved(), typed)
     except (ValueError, OSError) as e:
         fail(e)
     except FloatingPointError as e:
         sys.exit(f"cm.py: {e}")
+    except KeyboardInterrupt:
+        print("cm.py: interrupted; what is written is whole, and with --resume training goes on "
+              "from its last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
