@@ -1,0 +1,134 @@
+"""Our answers to README.md's tasks. The docstrings, with shapes, are those of answers.py."""
+
+import numpy as np
+import torch
+
+import cm
+
+# --------------------------------------------------------------------------------------------------
+# Eq. (1): capacity
+
+
+def reserved_weight(W_g, B, A):
+    return W_g + (B @ A).view_as(W_g)  # row by row, as the authors' code has it
+
+
+def new_weights(cout, cin, k, ratio):
+    rank = k * max(int(ratio * min(cin, cout)), 1)
+    return rank * (k * cout + k * cin)
+
+
+def merged_state(model):
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, cm.LowRankReserved):
+            del state[f"{name}.A"], state[f"{name}.B"], state[f"{name}.layer.weight"]
+            state[f"{name}.weight"] = reserved_weight(module.layer.weight, module.B, module.A)
+            if module.layer.bias is not None:
+                state[f"{name}.bias"] = state.pop(f"{name}.layer.bias")
+    return state
+
+
+# --------------------------------------------------------------------------------------------------
+# Eqs. (3) and (2): the loss
+
+
+def class_weights(counts):
+    n = torch.tensor(counts, dtype=torch.float64)
+    return len(n) * n / n.sum(), len(n) / (n * (1 / n).sum())
+
+
+def turning_count(counts, w_div):
+    # N / sum(N) = w_div / (N sum(1 / N)), solved for N
+    n = np.array(counts, float)
+    return np.sqrt(w_div * n.sum() / (1 / n).sum())
+
+
+def capacity_loss(eps_theta, eps_theta_g, w, div_margin):
+    d = (eps_theta - eps_theta_g).square().mean((1, 2, 3))
+    return torch.where(w < 0, w * d.clamp(max=div_margin), w * d)
+
+
+def curvature(counts, w_div, lam):
+    omega_con, omega_div = class_weights(counts)
+    return 2 * (1 + lam * (omega_con - w_div * omega_div))
+
+
+def concave_from(num_classes, w_div):
+    ir = 1
+    while True:
+        counts = [ir ** (-c / (num_classes - 1)) for c in range(num_classes)]
+        if curvature(counts, w_div, lam=1.0).min() < 0:
+            return ir
+        ir += 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Base losses and the training step
+
+
+def reference_probabilities(x0, x_t, t, alpha_bar):
+    a = alpha_bar[t][:, None]  # [B, 1]
+    distance = torch.cdist(x_t.flatten(1) / a.sqrt(), x0.double().flatten(1))  # [B, B]
+    return (-distance.square() / (2 * (1 / a - 1))).softmax(1)
+
+
+def reference_shares(x0, y, eps, t):
+    alpha_bar = cm.make_alpha_bar()
+    t = torch.full_like(y, t)
+    p = reference_probabilities(x0, cm.add_noise(x0, t, eps, alpha_bar), t, alpha_bar)
+    itself = p.diagonal().mean()
+    same_class = (p * (y[:, None] == y)).sum(1).mean()
+    return itself, same_class - itself, 1 - same_class
+
+
+@torch.no_grad()
+def two_distances(unet, x_t, t, y):
+    def distance():
+        eps_theta = unet(x_t, t, y)
+        with cm.general_only(unet):
+            eps_theta_g = unet(x_t, t, y)
+        return (eps_theta - eps_theta_g).square().mean((1, 2, 3))
+
+    in_training = distance()
+    unet.eval()  # the one switch
+    without_dropout = distance()
+    unet.train()
+    return in_training, without_dropout
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def ddim_step(x, eps, a, a_next):
+    x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+    return a_next**0.5 * x0 + (1 - a_next) ** 0.5 * eps
+
+
+def guided(model, x, t, labels, guidance):
+    eps = model(x, t, labels)
+    eps_null = model(x, t, torch.full_like(labels, -1))
+    return eps + guidance * (eps - eps_null)
+
+
+# --------------------------------------------------------------------------------------------------
+# Theory
+
+
+def monte_carlo_pi_maj(n1, n2, mu, sigma, cos, trials):
+    rng = np.random.default_rng()
+    mu_1 = mu * np.array([1, 0])
+    mu_2 = mu * np.array([cos, np.sqrt(1 - cos**2)])
+    class_1 = mu_1 + sigma * rng.standard_normal((trials, n1, 2))
+    class_2 = mu_2 + sigma * rng.standard_normal((trials, n2, 2))
+    update = class_1.sum(1) + class_2.sum(1)  # [trials, 2]
+    return (update @ (mu_1 - mu_2) > 0).mean()
+
+
+def failing_means(counts, cos):
+    # class 2's gradients all push for class 1 against class 3; (F.17) doesn't know them
+    mu_1 = np.array([1, 0])
+    mu_3 = np.array([cos, np.sqrt(1 - cos**2)])
+    v = mu_1 - mu_3
+    return np.stack([mu_1, v / np.linalg.norm(v), mu_3])
