@@ -45,8 +45,8 @@ def turning_count(counts, w_div):
     return np.sqrt(w_div * n.sum() / (1 / n).sum())
 
 
-# Think: it is zero; L_CM pushes such a sample no further, and doesn't pull it back. Where w > 0 it is
-# never below 0, so nothing can run off.
+# Think: it is zero; L_CM pushes such a sample no further, and doesn't pull it back. Where w > 0 it
+# is bounded: never below 0.
 def capacity_loss(eps_theta, eps_theta_g, w, div_margin):
     d = (eps_theta - eps_theta_g).square().mean((1, 2, 3))
     return torch.where(w < 0, w * d.clamp(max=div_margin), w * d)
