@@ -258,8 +258,7 @@ def study(names, path, runs, flags, jobs, num_images):
             raise ValueError(f"{path} has rows of {arm} that were made with other options than "
                              f"{options}; name another file with --rows")
     missing = missing_points(stages, rows)
-    print(f"{sum(len(points) for _, points in missing)} rows to come of {len(missing)} runs",
-          flush=True)
+    print(f"{len(missing)} runs to come", flush=True)
     if not torch.cuda.is_available():  # for the processes to come:
         os.environ["OMP_NUM_THREADS"] = "1"  # results repeat only with the same number of threads
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]

@@ -165,7 +165,6 @@ def draw(rows, assets):
                 axis.plot([fd.mean()] * 2, [place - 0.35, place + 0.35], color="k", lw=1)
             axis.set(title=f"{setting}, guidance {guidance:g}", xlabel="FD on Few")
             axis.grid(alpha=0.3)
-        axes[0].set_yticks(range(len(shown)),
-                           [name_of(arm, at(rows, "large", arm)) for arm in shown])
+        axes[0].set_yticks(range(len(shown)), [name_of(a, at(rows, "large", a)) for a in shown])
         axes[0].invert_yaxis()
         common.save(figure, assets / f"study_{name}.png")
