@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -696,58 +697,132 @@ def fetch(name, root, train):
                          f"it") from None
 
 
-def read_folder(root, size, train):
-    """An image tree: uint8 [N, size, size, 3], labels, class names. Raises ValueError.
+DECODER = 2  # raised where `read_image` or `square` gives other pixels: old caches go
 
-    Classes are the folders of root/train, or of root itself; held-out images lie in root/val. Each
-    image's shorter side is resized, then its centre cropped. Decoded once, into an .npy in `root`
-    whose name tells the size and the files it was made of."""
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a directory; --data must name a tree of images, one "
-                         f"folder a class")
-    tree = root / "train" if (root / "train").is_dir() else root
-    names = sorted(d.name for d in tree.iterdir() if d.is_dir())
-    if tree == root:
-        names = [n for n in names if n != "val"]
+
+def read_image(file):
+    """An image file as a PIL image of mode RGB: upright by its EXIF, 16 bits rounded to 8, floats
+    in [0, 1] times 255, transparency dropped as PIL does (no background). Raises ValueError."""
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":  # PIL would clip these at 255
+                levels, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
+                if not (levels.min() >= 0 and levels.max() <= top):
+                    raise ValueError(f"its values aren't in [0, {top}]")
+                image = Image.fromarray(np.rint(255 / top * levels).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as e:  # PIL has many kinds
+        raise ValueError(f"{file} can't be read as an image ({e})") from None
+
+
+def read_images(files, prepare=np.asarray):
+    """uint8 [N, H, W, 3] of image files, made of PIL images by `prepare`. Raises ValueError, which
+    names up to five files that can't be read or aren't of the others' size."""
+    def decode(file):
+        try:
+            return prepare(read_image(file))
+        except ValueError as e:
+            return e
+
+    images, wrong = None, []
+    with ThreadPool() as pool:  # PIL decodes outside the interpreter's lock
+        for i, image in enumerate(tqdm(pool.imap(decode, files, 64), "decoding", len(files))):
+            if isinstance(image, ValueError):
+                wrong.append(image)
+                continue
+            if images is None:
+                images = np.empty((len(files), *image.shape), np.uint8)
+            if image.shape == images.shape[1:]:
+                images[i] = image
+            else:
+                sides = *image.shape[1::-1], *images.shape[2:0:-1]
+                wrong.append("{} is {} x {}, others are {} x {}".format(files[i], *sides))
+    if wrong:
+        raise ValueError("; ".join(map(str, wrong[:5])) + f" (of {len(wrong)})" * (len(wrong) > 5))
+    return images
+
+
+def visible(folder):
+    """The paths in a folder, sorted, without hidden ones and __MACOSX."""
+    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name != "__MACOSX")
+
+
+def list_images(tree, names=("",)):
+    """The image files beneath tree/NAME of each class (beneath `tree`), and their classes [N].
+    Linked folders are followed once; files of other endings are counted on stderr."""
+    endings, found = torchvision.datasets.folder.IMG_EXTENSIONS, []
+    seen = {(tree / name).resolve() for name in ("", *names)}
+    for label, name in enumerate(names):
+        folders = [tree / name] if (tree / name).is_dir() else []  # val may lack a class
+        while folders:
+            for path in visible(folders.pop()):
+                if not path.is_dir():
+                    found.append((path, label))
+                elif path.resolve() not in seen:
+                    seen.add(path.resolve())
+                    folders.append(path)
+    images = [(path, label) for path, label in found if path.suffix.lower() in endings]
+    if len(images) < len(found):
+        print(f"{tree}: {len(found) - len(images)} files left out, whose names don't end in "
+              f"{' '.join(endings)}", file=sys.stderr)
+    images.sort(key=lambda image: os.path.split(image[0]))
+    return [path for path, _ in images], np.array([label for _, label in images], np.int64)
+
+
+def class_folders(root):
+    """(folder of the classes' folders, their names) of an image tree: root/train, if it holds
+    folders, else root; held-out images are apart, in root/val. Raises ValueError."""
+    beside = [path.name for path in visible(root) if path.is_dir()]
+    tree, names = root, [name for name in beside if name != "val"]
+    parts = {"train", "training", "val", "valid", "validation", "test", "testing"}
+    odd = {name for name in names if name.lower() in parts} - {"train"}
+    inner = [p.name for p in visible(root / "train") if p.is_dir()] if "train" in beside else []
+    if inner:
+        tree, names, odd = root / "train", inner, set(beside) - {"train", "val"}
+        if "val" in beside:
+            odd -= parts  # a test set may lie beside both
+    if odd:
+        raise ValueError(f"{root} holds {', '.join(sorted(odd))}: it must hold one folder a class, "
+                         f"or all of them in train, and held-out images in val")
     if len(names) < 2:
         raise ValueError(f"{tree} holds {len(names)} class folder(s); it needs one folder of "
                          f"images a class, and at least two")
-    if not train:
-        tree = root / "val"
-    from PIL import Image
-    folder = torchvision.datasets.folder
-    classes = {name: i for i, name in enumerate(names)}
-    try:
-        files = folder.make_dataset(str(tree), classes, folder.IMG_EXTENSIONS,
-                                    allow_empty=not train)
-    except FileNotFoundError as e:
-        raise ValueError(" ".join(str(e).split())) from None
-    labels = np.array([y for _, y in files], np.int64)
-    stamp = [(os.path.relpath(f, tree), os.stat(f).st_size, os.stat(f).st_mtime_ns)
-             for f, _ in files]
-    digest = hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
-    cache = root / f".cm-{tree.name if tree != root else 'all'}-{size}-{digest}.npy"
-    if cache.is_file():
-        return np.load(cache, mmap_mode="c"), labels, names
+    return tree, names
 
-    def decode(file):
-        try:
-            image = folder.pil_loader(file)
-        except Exception as e:  # PIL has many kinds
-            raise ValueError(f"{file} can't be read as an image ({e})") from None
+
+def read_folder(root, size, train):
+    """An image tree: uint8 [N, size, size, 3], labels, class names. Raises ValueError.
+
+    Each image's shorter side is resized, then its centre cropped. Decoded once, into an .npy in
+    `root` whose name tells the size and the files it was made of."""
+    def square(image):
         scale = size / min(image.size)
         sides = [max(size, round(s * scale)) for s in image.size]
         image = image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=3.0)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return np.asarray(image.crop((left, top, left + size, top + size)))
 
-    images = np.empty((len(files), size, size, 3), np.uint8)
-    with ThreadPool() as pool:  # PIL decodes outside the interpreter's lock
-        decoded = pool.imap(decode, [f for f, _ in files], 64)
-        for i, image in enumerate(tqdm(decoded, "decoding", len(files))):
-            images[i] = image
+    tree, names = class_folders(root)
+    tree = tree if train else root / "val"
+    files, labels = list_images(tree, names)
+    empty = [name for label, name in enumerate(names) if label not in labels]
+    if train and empty:
+        raise ValueError(f"{tree} holds no valid file for the classes {', '.join(empty)}")
+    if not files:
+        return np.empty((0, size, size, 3), np.uint8), labels, names
+    stats = [(os.path.relpath(file, tree), os.stat(file)) for file in files]
+    stamp = [(path, s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stats]  # inode: after a mv
+    digest = hashlib.sha256(repr((DECODER, stamp)).encode()).hexdigest()[:16]
+    kind = f".cm-{'all' if tree == root else tree.name}-{size}"
+    cache = root / f"{kind}-{digest}.npy"
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
+        return np.lib.format.open_memmap(cache, mode="c"), labels, names
+    images = read_images(files, square)
     try:
         write_atomically(cache, lambda path: np.save(path, images))
+        for old in set(root.glob(f"{kind}-*.npy")) - {cache}:
+            old.unlink()
     except OSError as e:
         print(f"{cache} can't be written ({e.strerror}); the images will be decoded again next "
               f"time", file=sys.stderr)
@@ -764,8 +839,6 @@ def load_dataset(name, data=None, image_size=32, train=True):
         if data is None:
             raise ValueError("--dataset folder needs --data DIR, a tree with one folder of images "
                              "a class")
-        if not train and not (root / "val").is_dir():
-            return np.empty((0, image_size, image_size, 3), np.uint8), np.empty(0, np.int64), []
         return read_folder(root, image_size, train)
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")

@@ -4,14 +4,13 @@
     python -m experiments.benchmark --preset small --batch-size 32     # the CPU-sized network
 
 It needs diffusers and torch-fidelity (pip install). Rows: a training step (forward and backward) of
-CM's network against the plain one, against CM with two full passes and against diffusers' UNet;
-sampling merged against plain; on a GPU mixed precision and torch.compile; theory.py's simulation
-against bare drawing; fid.py's metrics on random features of Inception's size, and its Inception
-with the same random weights, against torch-fidelity. Memory is what a step keeps for its backward
-pass.
+CM's network and of diffusers' UNet against the plain one; sampling merged against plain; on a GPU
+mixed precision and torch.compile; theory.py's simulation against bare drawing; fid.py's metrics on
+random features of Inception's size, and its Inception with the same random weights, against
+torch-fidelity. FLOPs are a step's; memory is what it keeps for its backward pass.
 """
 
-import dataclasses
+import copy
 import platform
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 import cm
@@ -68,11 +68,10 @@ def kept_for_backward(function):
     return sum(t.untyped_storage().nbytes() for t in kept.values()) / 2**20
 
 
-def flops(function, *args):
-    """(the function's result, the FLOPs that it took)"""
+def flops(function):
     with FlopCounterMode(display=False) as counter:
-        result = function(*args)
-    return result, counter.get_total_flops()
+        function()
+    return counter.get_total_flops()
 
 
 class Network:
@@ -86,8 +85,9 @@ class Network:
         self.alpha_bar = cm.make_alpha_bar(DEVICE)
         self.plain = self.to_device(cm.make_unet(plain_config, 10, 3))
         self.reserved = self.to_device(cm.make_unet(self.config, 10, 3))
-        self.plain_losses = cm.CapacityManipulation(self.plain, self.counts, plain_config)
-        self.cm_losses = cm.CapacityManipulation(self.reserved, self.counts, self.config)
+        make = cm.CapacityManipulation.from_config
+        self.plain_losses = make(self.plain, self.counts, plain_config)
+        self.cm_losses = make(self.reserved, self.counts, self.config)
         self.plain_losses.to(DEVICE)
         self.cm_losses.to(DEVICE)
 
@@ -105,19 +105,6 @@ class Network:
 
     def cm_loss(self):
         return self.cm_losses(self.x0, self.y, self.t, self.eps, self.y)[0]
-
-    def two_passes_loss(self):
-        """CM's loss with an encoder pass each for theta and theta_g."""
-        x_t = cm.add_noise(self.x0, self.t, self.eps, self.alpha_bar)
-        with cm.same_masks(x_t), cm.general_only(self.reserved):
-            eps_theta_g = self.reserved(x_t, self.t, self.y)
-        eps_theta = self.reserved(x_t, self.t, self.y)
-        omega_con, omega_div = (w[self.y] for w in (self.cm_losses.omega_con,
-                                                    self.cm_losses.omega_div))
-        base = cm.squared_distance(eps_theta, self.eps)
-        capacity = cm.capacity_loss(eps_theta, eps_theta_g, omega_con, omega_div,
-                                    self.config.div_margin)
-        return (base + capacity).mean()
 
     def loss_of(self, network):
         """The plain loss of a network that is called as diffusers' are."""
@@ -144,22 +131,14 @@ def network_rows(preset, batch_size, repeats):
     """Rows of cm.py's network; prints its size and memory."""
     network = Network(preset, batch_size)
     plain, plain_step = network.plain, step(network.plain_loss)
-    hidden, encoder = flops(plain.encode, network.x0, network.t, network.y)
-    _, decoder = flops(plain.decode, *hidden)
-    share = decoder / (encoder + decoder)
-    size = network.config.image_size
+    cm_step, size = step(network.cm_loss), network.config.image_size
     print(f"{preset} preset, {millions(plain)} parameters, {size} × {size}, batch {batch_size}; "
-          f"the decoder has {share:.0%} of the FLOPs: a CM step costs at least {1 + share:.2f} "
-          "plain steps")
-    losses = {"plain": network.plain_loss, "CM": network.cm_loss,
-              "CM with two full passes": network.two_passes_loss}
-    memory = {name: kept_for_backward(loss) for name, loss in losses.items()}
-    print("kept for backward: " + ", ".join(f"{name} {mb:.0f} MB ({mb / memory['plain']:.2f} ×)"
-                                            for name, mb in memory.items()))
+          f"a CM step has {flops(cm_step) / flops(plain_step):.2f} times a plain one's FLOPs")
+    memory = [kept_for_backward(loss) for loss in (network.plain_loss, network.cm_loss)]
+    print(f"kept for backward: plain {memory[0]:.0f} MB, CM {memory[1]:.0f} MB "
+          f"({memory[1] / memory[0]:.2f} ×)")
 
-    rows = [compare(f"{name} step over plain step, batch {batch_size}", plain_step,
-                    step(losses[name]), repeats)
-            for name in ("CM", "CM with two full passes")]
+    rows = [compare(f"CM step over plain step, batch {batch_size}", plain_step, cm_step, repeats)]
     merged = cm.merge(network.reserved)
     rows.append(compare(f"predicting, merged over plain network, batch {batch_size}",
                         lambda: network.predict(plain), lambda: network.predict(merged),
@@ -178,9 +157,9 @@ def gpu_rows(network, repeats):
         with torch.autocast("cuda", torch.bfloat16):
             return network.cm_loss()
 
-    compiled = cm.CapacityManipulation(network.reserved, network.counts,
-                                       dataclasses.replace(network.config, compile=True))
-    compiled = compiled.to(DEVICE)
+    unet = copy.deepcopy(network.reserved)
+    unet.compile()
+    compiled = cm.CapacityManipulation.from_config(unet, network.counts, network.config).to(DEVICE)
 
     def compiled_loss():
         return compiled(network.x0, network.y, network.t, network.eps, network.y)[0]
@@ -248,13 +227,9 @@ def metric_rows(size, dim, repeats):
                        lambda: peer_distance(statistics(a, b)), repeats)
 
     a, b = features(size, dim)
-    stats = statistics(a, b)
     subset = min(1000, size)
     return [
         distance_row(*features(dim * 5 // 4, dim)), distance_row(a, b),
-        compare(f"its trace, from {dim} × {dim} covariances",
-                lambda: fid.full_rank_trace(*(s["sigma"] for s in stats)),
-                lambda: peer_distance(stats), repeats),
         compare(f"KID from {size} × {dim} features",
                 lambda: fid.kernel_distance(a, b, 20, subset),
                 lambda: metric_kid.kid_features_to_metric(
@@ -269,7 +244,9 @@ def inception_row(repeats, n=32):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     with tempfile.TemporaryDirectory() as directory:
         weights = Path(directory) / "random.pth"
-        torch.save(fid.Inception().net.state_dict(), weights)
+        torch.save(torchvision.models.inception_v3(
+            weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict(),
+            weights)
         ours = fid.inception(weights)
         peer = FeatureExtractorInceptionV3("i", ["2048", "logits_unbiased"],
                                            feature_extractor_weights_path=str(weights))

@@ -1,14 +1,13 @@
 """Does CM help beyond diffusion? Long-tailed classification, as in Tab. G.13.
 
-    python -m experiments.classification
+    python -m experiments.classification            # what has no row yet
     python -m experiments.classification --table    # only the tables and assets/classification.png
     python -m experiments.classification --dataset cifar100 --network resnet18 --epochs 200 \\
-        --rows cifar100.csv --assets .              # the paper's setting: 87 trainings on a GPU
+        --rows cifar100.csv --assets .              # the paper's setting: 30 trainings on a GPU
 
-Cross-entropy (CE), LDAM and logit adjustment (LA), each plain and with CM. Which outputs L_CM
-compares, its margin m and the rank, which the paper doesn't say, are chosen for each of them by the
-accuracy on images that the split leaves unused, with seed 0. Columns: accuracy, of theta, and
-general, of theta_g; the rows of part "validation" are what was tried.
+Cross-entropy (CE), LDAM and logit adjustment (LA), each plain and with CM, whose loss here is the
+authors' code's (see `losses` in classifiers.py). Columns: accuracy, of theta, and general, of
+theta_g.
 """
 
 import itertools
@@ -23,15 +22,11 @@ from matplotlib.figure import Figure
 import cm
 from experiments import classifiers, common
 
-SEARCH_SEED = 0
-MARGINS = {"logits": (0.01, 0.1, 1.0), "log-softmax": (0.01, 0.1, 1.0),
-           "softmax": (1e-4, 1e-3, 1e-2)}  # mean squares over the classes; softmax's is at most 2/K
-CANDIDATES = [classifiers.How(outputs, m, rank_ratio) for outputs, margins in MARGINS.items()
-              for m, rank_ratio in itertools.product(margins, (0.1, 0.3))]
 SIZES = {"small": 16, "resnet18": 32}  # network: side of the images
+METHODS = {"plain": "", "CM": " + CM"}  # name: what it adds to a loss's name
 SPLITS = ("Many", "Medium", "Few", "overall")
-KEY = ["part", "base", "outputs", "margin", "rank ratio", "seed"]  # a run's
-WORDS = ("part", "base", "method", "outputs", "status", "options")
+KEY = ["loss", "method", "seed"]  # a run's
+WORDS = ("loss", "method", "status", "options")
 PAPER = {  # Tab. G.13: IR: accuracy, %, on CIFAR-100
     200: {"CE": (70.03, 42.13, 6.38, 36.56), "LDAM": (62.13, 43.64, 16.64, 38.66),
           "LDAM + CM": (60.20, 46.35, 20.69, 40.50), "LA": (60.46, 45.16, 20.43, 40.11),
@@ -41,21 +36,21 @@ PAPER = {  # Tab. G.13: IR: accuracy, %, on CIFAR-100
           "LA + CM": (61.60, 46.94, 23.80, 45.14)}}
 
 
-def measure(args, key, how, data, options):
-    """A row: train, or go on there, and judge. "status" says where a training ran off. key: the
-    columns KEY; data: as classifiers.read gives it."""
+def measure(args, key, data, options):
+    """A row: train, or go on, and judge. "status" says where a training ran off. key: the columns
+    KEY; data: as classifiers.read gives it."""
     training, judged, names = data
     counts = np.bincount(training.labels.cpu(), minlength=len(names))
     steps = math.ceil(args.epochs * len(training.labels) / classifiers.BATCH)
-    row = key | {"method": "plain" if how is None else "CM", "status": "finished"}
-    row |= {f"accuracy {s}": math.nan for s in SPLITS}
+    with_cm = key["method"] == "CM"
+    row = key | {"status": "finished"} | {f"accuracy {s}": math.nan for s in SPLITS}
     try:
-        net = classifiers.fit(args.network, training, counts, key["base"], key["seed"], steps,
-                              checkpoint_of(args, key), options, how,
+        net = classifiers.fit(args.network, training, counts, key["loss"], key["seed"], steps,
+                              checkpoint_of(args, key), options, with_cm,
                               augment=args.dataset in classifiers.AUGMENTED)
         groups = classifiers.by_shots(counts) if args.dataset == "cifar100" else cm.splits(counts)
         row |= classifiers.accuracies(cm.merge(net), judged, groups, "accuracy")
-        if how is not None:
+        if with_cm:
             theta_g = classifiers.general(net, training.images)
             row |= classifiers.accuracies(theta_g, judged, groups, "general")
     except FloatingPointError as e:
@@ -65,61 +60,37 @@ def measure(args, key, how, data, options):
 
 def checkpoint_of(args, key):
     """Where a run's checkpoint lies while it is trained."""
-    return args.runs / ("-".join(str(v) for v in key.values() if v != "") + ".pt")
-
-
-def chosen(rows, base):
-    """The candidate of the highest validation accuracy, the first of equal ones; None where not all
-    have been tried, or none finished."""
-    tried = rows[(rows["part"] == "validation") & (rows["base"] == base) & (rows["method"] == "CM")]
-    if len(tried) < len(CANDIDATES) or tried["accuracy overall"].isna().all():
-        return None
-    best = tried.loc[tried["accuracy overall"].idxmax()]
-    return classifiers.How(best["outputs"], best["margin"], best["rank ratio"])
+    return args.runs / ("-".join(str(v) for v in key.values()) + ".pt")
 
 
 def study(args):
-    """Every run that has no row yet: first all that there is to choose from. Raises ValueError."""
+    """Every run that has no row yet. Raises ValueError."""
     options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}"
                        for name in ("dataset", "epochs", "ir", "n_max", "network"))
     common.read_rows(args.rows, options)  # for its checks
-    device = cm.pick_device()
-    data = {part: classifiers.read(args.dataset, args.data, SIZES[args.network], args.n_max,
-                                   args.ir, device, part == "validation")
-            for part in ("test", "validation")}
-    numbers, tries = itertools.count(1), 1 + len(CANDIDATES) + 2 * len(args.seeds)
-
-    def run(part, seed, base, how):
-        print(f"run {next(numbers)} of {tries * len(args.bases)}", file=sys.stderr)
-        key = dict(zip(KEY, (part, base, *(how or ("", "", "")), seed), strict=True))
+    data = classifiers.read(args.dataset, args.data, SIZES[args.network], args.n_max, args.ir,
+                            cm.pick_device())
+    runs = list(itertools.product(args.seeds, args.bases, METHODS))
+    for number, (seed, base, method) in enumerate(runs, 1):
+        key = dict(zip(KEY, (base, method, seed), strict=True))
         if not common.has_row(args.rows, options, **key):
-            common.add_rows(args.rows, options, [measure(args, key, how, data[part], options)])
+            print(f"run {number} of {len(runs)}", file=sys.stderr)
+            common.add_rows(args.rows, options, [measure(args, key, data, options)])
             checkpoint_of(args, key).unlink(missing_ok=True)
-
-    for base, how in itertools.product(args.bases, (None, *CANDIDATES)):
-        run("validation", SEARCH_SEED, base, how)
-    rows = common.numbers(common.read_rows(args.rows, options), WORDS)
-    best = {base: chosen(rows, base) for base in args.bases}
-    for base in args.bases:
-        if best[base] is None:
-            raise ValueError(f"no {base} with CM stayed finite; leave {base} out of --bases")
-    for seed, base in itertools.product(args.seeds, args.bases):
-        for how in (None, best[base]):
-            run("test", seed, base, how)
 
 
 # ------------------------------------------------------------------------------------------------
 # Table and picture
 
 
-def tested(rows):
-    """{"LA": its rows on the test set by seed, "LA + CM": ...}, in %, in order."""
-    rows = rows[rows["part"] == "test"].set_index("seed")
+def by_method(rows):
+    """{"LA": its rows by seed, "LA + CM": ...}, in %, in order."""
+    rows = rows.set_index("seed")
     columns = [f"{kind} {s}" for kind in ("accuracy", "general") for s in SPLITS]
     percent = 100 * rows.reindex(columns=columns)
-    return {base + end: percent[(rows["base"] == base) & (rows["method"] == method)]
-            for base in classifiers.BASES for method, end in (("plain", ""), ("CM", " + CM"))
-            if ((rows["base"] == base) & (rows["method"] == method)).any()}
+    of_run = {base + end: (rows["loss"] == base) & (rows["method"] == method)
+              for base in classifiers.BASES for method, end in METHODS.items()}
+    return {name: percent[mine] for name, mine in of_run.items() if mine.any()}
 
 
 def compared(runs, paper, ir):
@@ -142,25 +113,6 @@ def change(runs, ours, theirs, split):
     return common.difference(*(runs[name][f"accuracy {split}"] for name in (ours, theirs)))
 
 
-def tried(rows):
-    """Rows of the table of what was tried: validation accuracy overall, in %, the best bold."""
-    rows = rows[rows["part"] == "validation"]
-    bases = [base for base in classifiers.BASES if base in set(rows["base"])]
-    best, shown = {base: chosen(rows, base) for base in bases}, []
-    for outputs, m, rank_ratio in (("", math.nan, math.nan), *CANDIDATES):
-        cells = {"outputs": outputs or "plain", "m": f"{m:g}" if outputs else "",
-                 "rank ratio": f"{rank_ratio:g}" if outputs else ""}
-        for base in bases:
-            here = rows[(rows["base"] == base) & (rows["outputs"] == outputs)]
-            if outputs:
-                here = here[(here["margin"] == m) & (here["rank ratio"] == rank_ratio)]
-            value = "–" if here.empty else f"{100 * here['accuracy overall'].iloc[0]:.2f}"
-            bold = "**" * (best[base] == (outputs, m, rank_ratio))
-            cells[base] = bold + value.replace("nan", "not finite") + bold
-        shown.append(cells)
-    return shown
-
-
 def papers(rows):
     """(Tab. G.13, its IR): at the IR of the rows, at 100 where it has none."""
     ir = float(re.search(r"--ir (\S+)", rows["options"].iloc[0])[1])
@@ -169,7 +121,7 @@ def papers(rows):
 
 def table(rows):
     """The tables in Markdown."""
-    runs = tested(rows)
+    runs = by_method(rows)
     values = [{"method": name, "seeds": run["accuracy overall"].count()} | {
         s: common.spread(run[f"accuracy {s}"], 2) for s in SPLITS} | {
         f"θ_g {s}": common.spread(run[f"general {s}"], 2) for s in ("Few", "overall")}
@@ -178,14 +130,12 @@ def table(rows):
         "Accuracy on the test set, %: mean ± standard deviation over seeds",
         common.markdown(values),
         "Differences, points, paired by seed: mean and 95 % interval (the paper: CIFAR-100)",
-        common.markdown(compared(runs, *papers(rows))),
-        "What was tried: accuracy on the validation images, %, one seed; chosen is the bold one",
-        common.markdown(tried(rows))])
+        common.markdown(compared(runs, *papers(rows)))])
 
 
 def draw(rows, path):
     """Accuracies, and what CM changes beside what it changes in Tab. G.13."""
-    runs, (paper, _) = tested(rows), papers(rows)
+    runs, (paper, _) = by_method(rows), papers(rows)
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     place = np.arange(len(SPLITS))
@@ -239,8 +189,7 @@ def main(argv=None):
             study(args)
         rows = common.numbers(common.read_table(args.rows, KEY), WORDS)
         print(table(rows))
-        if (rows["part"] == "test").any():
-            draw(rows, args.assets / "classification.png")
+        draw(rows, args.assets / "classification.png")
         return 0
     except (ValueError, OSError) as e:
         cm.fail(e)

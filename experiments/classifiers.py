@@ -26,26 +26,14 @@ class Images(NamedTuple):
     labels: torch.Tensor
 
 
-def read(dataset, data, size, n_max, ir, device, validation=False):
+def read(dataset, data, size, n_max, ir, device):
     """(Images for training, the long-tailed ones of cm.py; the test set's Images; class names).
 
-    size: side of the images. validation: images that are judged instead of the test set's. The
-    split takes the first of each class's images in a shuffled order; validation takes the last 500
-    of that order, at most a fifth of the smallest class. Where the two would overlap n_max is
-    lowered (CIFAR-100: to 400). Raises ValueError."""
+    size: side of the images. Raises ValueError."""
     arrays, labels, names = cm.load_dataset(dataset, data, size)
-    if validation:
-        smallest = int(np.bincount(labels).min())
-        spare = min(500, smallest // 5)
-        n_max = min(n_max or smallest, smallest - spare)
-        order = cm.long_tail_indices(labels, 1, n_max=smallest)  # ir = 1: as many of each class
-        order = order.reshape(len(names), smallest)
-        index = order[:, smallest - spare:].ravel()
-        judged = arrays[index], labels[index]
-    else:
-        judged = cm.load_dataset(dataset, data, size, train=False)[:2]
-        if not len(judged[1]):
-            raise ValueError(f"{data} holds no test images; put them into {data}/val")
+    judged = cm.load_dataset(dataset, data, size, train=False)[:2]
+    if not len(judged[1]):
+        raise ValueError(f"{data} holds no test images; put them into {data}/val")
     index = cm.long_tail_indices(labels, ir, n_max=n_max)
     training = Images(*cm.on_device(arrays[index], labels[index], device))
     return training, Images(*cm.on_device(*judged, device)), names
@@ -65,10 +53,13 @@ def batch_of(step, size, n, seed):
 
 NETWORKS = {"small": ((16, 32, 64, 128), 1), "resnet18": ((64, 128, 256, 512), 2)}
 SCALE = 30  # LDAM's s
+RANK_RATIO, HEAD_RANK = 0.15, 4  # the authors' code's (Feng-Hong/ImbDiff-CM, commit 04262d7)
 
 
 class CosineHead(nn.Module):
-    """[B, width] -> logits s cos(h, w_k) [B, K]: LDAM's normalised last layer (Cao et al. 2019)."""
+    """[B, width] -> logits s cos(h, w_k) [B, K]: LDAM's normalised last layer (Cao et al. 2019),
+    which the authors' code has for LA, too. It bounds L_CM, whose weight is negative on rare
+    classes."""
 
     def __init__(self, width, num_classes):
         super().__init__()
@@ -80,9 +71,10 @@ class CosineHead(nn.Module):
 
 class Network(nn.Module):
     """Four stages of torchvision's BasicBlocks behind a 3x3 stem without max-pooling: images
-    [B, C, H, W] in [-1, 1] -> logits [B, K]. Apart from its stem "resnet18" is torchvision's."""
+    [B, C, H, W] in [-1, 1] -> logits [B, K]. Apart from stem and head "resnet18" is torchvision's.
+    """
 
-    def __init__(self, name, channels, num_classes, cosine=False):
+    def __init__(self, name, channels, num_classes):
         super().__init__()
         widths, depth = NETWORKS[name]
         self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
@@ -99,15 +91,17 @@ class Network(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # last, so that the head's kind doesn't change what convolutions start from
-        self.head = (CosineHead if cosine else nn.Linear)(before, num_classes)
-
-    def tail(self, h):
-        """Logits [B, K] of the stem's output [B, width, H, W]."""
-        return self.head(self.stages(h).mean((2, 3)))
+        self.head = CosineHead(before, num_classes)
 
     def forward(self, x):
-        return self.tail(self.stem(x))
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+def reserve(net):
+    """Reserve capacity in a Network, in place, where the authors' code does: in all convolutions,
+    and in the head."""
+    cm.reserve_capacity(net, RANK_RATIO, where=lambda layer: isinstance(layer, nn.Conv2d))
+    net.head = cm.LowRankReserved(net.head, HEAD_RANK)
 
 
 @contextlib.contextmanager
@@ -144,16 +138,8 @@ def general(net, images, batch=128):
 # ------------------------------------------------------------------------------------------------
 # Losses
 
-OUTPUTS = {"logits": nn.Identity(), "log-softmax": nn.LogSoftmax(1), "softmax": nn.Softmax(1)}
 BASES = ("CE", "LDAM", "LDAM-DRW", "LA")
-
-
-class How(NamedTuple):
-    """How L_CM enters: of which outputs, with which margin m, and the rank of BA over full rank."""
-
-    outputs: str
-    margin: float
-    rank_ratio: float
+TEMPERATURE = 1.5  # of L_CM, as in the authors' code
 
 
 def shifted(logits, y, counts, base):
@@ -179,24 +165,31 @@ def weights(counts, base, late):
     return (weight * len(counts) / weight.sum()).to(counts.dtype)
 
 
-def losses(net, x, y, counts, base, how=None, late=False):
-    """Eq. (4) of a batch, lam = 1: (total [], base loss [B], L_CM [B]).
+def capacity_loss(a, b, w):
+    """L_CM [B] of logits a, b [B, K], theta's and theta_g's, and weights w [B], as in the authors'
+    code: w KL(softmax(a / 1.5) || softmax(b / 1.5)), without a fuse."""
+    log_p, log_q = ((logits / TEMPERATURE).log_softmax(1) for logits in (a, b))
+    return w * (log_p.exp() * (log_p - log_q)).sum(1)
 
-    x [B, C, H, W]; y [B]; counts [K] float; how: None for the plain network. L_CM compares outputs
-    without LDAM's margin or LA's prior. theta and theta_g share the stem, which has no BA."""
-    h = net.stem(x)
-    if how is not None:
-        with statistics_kept(net.stages), cm.general_only(net.stages):
-            logits_g = net.tail(h)
-    logits = net.tail(h)
-    base_loss = F.cross_entropy(shifted(logits, y, counts, base), y, reduction="none")
+
+def losses(net, x, y, counts, base, late=False):
+    """Eq. (4) of a batch, lam = 1: (total [], base loss [B], L_CM [B]); of a network without
+    reserved capacity the base loss alone.
+
+    x [B, C, H, W]; y [B]; counts [K] float. As in the authors' code L_CM compares theta's logits
+    with LA's prior and theta_g's without; LDAM's margin is in neither. Its weight is p_y - q_y,
+    where p_y ~ N_y and q_y ~ 1 / N_y sum to 1."""
+    logits = net(x)
+    taken = shifted(logits, y, counts, base)
+    base_loss = F.cross_entropy(taken, y, reduction="none")
     weight = weights(counts, base, late)[y]
     total = (weight * base_loss).sum() / weight.sum()
-    if how is None:
+    if not cm.reserved_layers(net):
         return total, base_loss, torch.zeros_like(base_loss)
-    omega_con, omega_div = (omega.to(y.device)[y] for omega in cm.class_weights(counts))
-    theta, theta_g = map(OUTPUTS[how.outputs], (logits, logits_g))
-    loss_cm = cm.capacity_loss(theta, theta_g, omega_con, omega_div, how.margin)
+    with statistics_kept(net), cm.general_only(net):
+        logits_g = net(x)
+    w = cm.capacity_weights(counts, w_div=1.0).to(y.device) / len(counts)  # p - q
+    loss_cm = capacity_loss(taken if base == "LA" else logits, logits_g, w[y])
     return total + loss_cm.mean(), base_loss, loss_cm  # Eq. (4)
 
 
@@ -217,7 +210,7 @@ def augmented(x):
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
 
-def fit(name, training, counts, base, seed, steps, path, options, how=None, balanced=False,
+def fit(name, training, counts, base, seed, steps, path, options, with_cm=False, balanced=False,
         augment=False):
     """A Network after `steps` of SGD on `training`, in eval mode, A and B still apart; or go on at
     the checkpoint `path`, as common.train does and raises. counts [K]: real images a class.
@@ -227,9 +220,9 @@ def fit(name, training, counts, base, seed, steps, path, options, how=None, bala
     device = training.images.device
     counts = torch.as_tensor(counts, dtype=torch.float32, device=device)
     torch.manual_seed(common.hashed(seed))
-    net = Network(name, training.images.shape[1], len(counts), base.startswith("LDAM"))
-    if how is not None:
-        cm.reserve_capacity(net.stages, how.rank_ratio)
+    net = Network(name, training.images.shape[1], len(counts))
+    if with_cm:
+        reserve(net)
     net = cm.lay_out(net, device).train()
     sgd = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=DECAY)
     n, of_class = len(training.labels), torch.bincount(training.labels)
@@ -243,7 +236,7 @@ def fit(name, training, counts, base, seed, steps, path, options, how=None, bala
             index = batch_of(i, BATCH, n, seed).to(device)
         x = cm.to_float(training.images[index])
         x = augmented(x) if augment else x
-        loss = losses(net, x, training.labels[index], counts, base, how, i > 0.8 * steps)[0]
+        loss = losses(net, x, training.labels[index], counts, base, i > 0.8 * steps)[0]
         sgd.zero_grad()
         loss.backward()
         sgd.step()

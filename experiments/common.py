@@ -198,10 +198,11 @@ def checkpoint_at(steps, flags, directory, before):
     return path
 
 
-def save_samples(path, images, labels, counts):
-    """An .npz as cm.py --sample writes it, for fid.py: uint8 images [N, H, W, C], labels [N]."""
+def save_samples(path, images, labels, counts, **how):
+    """An .npz as cm.py --sample writes it, for fid.py: uint8 images [N, H, W, C], labels [N]; how:
+    guidance, sampler and sample_steps."""
     cm.write_atomically(path, lambda temporary: np.savez(
-        temporary, arr_0=images, arr_1=labels, counts=counts))
+        temporary, arr_0=images, arr_1=labels, counts=counts, **how))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ last grid; share: of |lam L_CM| in itself plus the base loss, in each tenth of t
 (held-out share) on held-out images.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -32,8 +33,7 @@ MIDDLE = 0.8  # sigma at which the second step starts
 METHODS = {"CT": True, "CM": False}  # name: no_cm
 SPLITS = ("overall", "Many", "Medium", "Few")
 TENTHS = range(1, 11)
-UNUSED = ("unconditional", "no_cm", "base", "cbdm_prior", "seed", "amp", "compile", "run",
-          "sampling")  # of cm.py's options
+UNUSED = ("no_cm", "base", "cbdm_prior", "seed", "amp", "compile", "run", "sampling")  # of cm.py's
 
 
 def schedule(k, steps):
@@ -70,11 +70,13 @@ class ConsistencyTraining(cm.CapacityManipulation):
     """The losses of one batch: f at neighbouring sigmas agrees (Song, Algorithm 3), and Eq. (4).
 
     L_CM compares F, not f, of theta and theta_g, at the larger sigma: F's target has variance 1 at
-    any sigma, as eps has, so m means what it means elsewhere. In f's units c_out -> 0 would let F
-    run off at small sigma before min(d, m) sees it: Eq. (2)'s fault again."""
+    any sigma, as eps has, so the fuse means what it means elsewhere; in f's units c_out -> 0 would
+    let F run off at small sigma before the fuse sees it. theta and theta^- share their dropout
+    masks, as Song's do; theta_g draws its own, as in cm.py, unless `same_masks`."""
 
     def __init__(self, unet, counts, config, sigma_data):
-        super().__init__(unet, counts, config)
+        super().__init__(unet, counts, "ddpm", config.lam, config.w_con, config.w_div,
+                         config.div_margin, config.same_masks, no_cm=config.no_cm)
         self.sigma_data = sigma_data
         self.register_buffer("sums", torch.zeros(len(TENTHS), 2))  # base, |lam L_CM| in each tenth
         self.target = copy.deepcopy(unet).requires_grad_(False)  # theta^-, an average of theta
@@ -89,18 +91,15 @@ class ConsistencyTraining(cm.CapacityManipulation):
 
         x = x0 + large * eps  # the same noise
         c_skip, c_out, c_in, time = scalings(grid[n + 1], self.sigma_data)
-        h, skips, emb = self.encode(c_in * x, time, y_in)
-        if not self.config.no_cm:
-            with cm.same_masks(x), cm.general_only(self.reserved):
-                F_theta_g = self.decode(h, skips, emb)
-        F_theta = self.decode(h, skips, emb)
-
+        with cm.same_masks(x) if self.same_masks else contextlib.nullcontext():
+            F_theta = self.unet(c_in * x, time, y_in)
         base = cm.squared_distance(c_skip * x + c_out * F_theta, target)
-        if self.config.no_cm:
+        if self.no_cm:
             return base.mean(), base, torch.zeros_like(base)
-        loss_cm = cm.capacity_loss(F_theta, F_theta_g, self.omega_con[y], self.omega_div[y],
-                                   self.config.div_margin)
-        return base.mean() + self.config.lam * loss_cm.mean(), base, loss_cm  # Eq. (4)
+        with cm.general_only(self.unet):
+            F_theta_g = self.unet(c_in * x, time, y_in)
+        loss_cm = cm.capacity_loss(F_theta, F_theta_g, self.w[y], self.div_margin)
+        return base.mean() + self.lam * loss_cm.mean(), base, loss_cm  # Eq. (4)
 
 
 @torch.no_grad()
@@ -122,7 +121,7 @@ def sample(network, y, image_shape, steps, sigma_data, seeds):
 
 def train(config, data, sigma_data, path, options, network=cm.make_unet):
     """Train, or go on from `path`: (averaged network in eval mode, shares of L_CM). `network` makes
-    F, with cm.UNet's `encode` and `decode`; see cm.train."""
+    F; see cm.train."""
     device = data.images.device
     torch.manual_seed(cm.hashed_seed("weights", config.seed))
     unet = cm.lay_out(network(config, len(data.names), data.images.shape[1]), device)

@@ -1,151 +1,143 @@
-"""Why Eq. (2) as printed has no minimum: the same run with margin inf and with the default.
+"""Why Eq. (2) runs off, and what w_div = 0.2 and the fuse do about it.
 
-    python -m experiments.divergence
-    python -m experiments.divergence --table       # only the table, and assets/divergence.png
-
-DDPM and OC bases, each at lr 1e-3 (2,500 steps) and at the paper's 2e-4 (5,000). A class has run
-off where the mean of its base loss between two rows of the log is above 1, what predicting no noise
-at all would cost, after it had been below 1/2. Where lam * w < -1, with w = omega_Con - omega_Div,
-the loss is concave in eps_theta itself; the table says whether those classes go first.
+    python -m experiments.divergence               # what has no row yet
+    python -m experiments.divergence --table       # only the table; assets/divergence.png if the
+                                                   # logs of its runs are in --runs
+Where a class's weight w is negative, L_CM has no lower bound in eps_theta_g, and where 1 + lam w is
+not positive either, the loss has none in eps_theta. So CM is trained with w_div 1 (Eq. 2 as
+printed) and 0.2 (the authors' code), without a fuse (inf, as the authors) and with ours, 0.1. A run
+is a row: the first logged step at which d on Few, a mean over the steps since the log's last row,
+is above 0.1, and the first at which the base loss is twice the lowest before; "" is never.
+*small* is the default run's network and data, *large* one that is large for its data.
 Options that aren't its own go to cm.py. Rows: results/divergence.csv.
 """
 
-import json
+import itertools
 import sys
-from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import scipy.stats
 from matplotlib.figure import Figure
 
 import cm
 from experiments import common
 
-MARGINS = ("inf", f"{cm.Config.div_margin:g}")
-KEY = ["base", "lr", "margin"]
-WORDS = (*KEY, "end", "counts", "options")
+MARGINS = ("inf", "0.1")
+RATES = ("3e-3", "2e-4")
+# {name: (images in the largest class, IRs, w_divs, options for cm.py)}; IR 600 would leave large's
+# rarest class empty
+SETTINGS = {"small": (1000, (100, 600), ("1", "0.2"), []),
+            "large": (200, (100,), ("0.2",), ["--image-size", "8", "--channels", "32"])}
+KEY = ["setting", "IR", "w_div", "lr", "margin", "seed"]  # a run's
+STEPS = ["d above 0.1", "base doubled"]
+WORDS = ("setting", "lr", "margin", "end", "options")
+UNUSED = ("n_max", "ir", "image_size", "channels", "w_div", "lr", "div_margin", "no_cm", "seed",
+          "run", "sampling")  # options of cm.py, and groups
+ABOVE = 0.1  # d, some 50 times what dropout makes of it
 
 
-def measure(base, lr, margin, steps, runs, flags):
-    """Train, or go on: the rows of the log, as text, the run's own columns in front."""
-    out = runs / f"{base}-{lr}-{margin}"
-    end = common.run([*flags, "--base", base, "--lr", lr, "--div-margin", margin,
-                      "--steps", str(steps)], out)
-    counts = json.loads((out / "config.json").read_text())["counts"]
-    log = common.read_rows(out / "log.csv")
-    own = dict(base=base, lr=lr, margin=margin, end=end, counts=" ".join(map(str, counts)),
-               options=common.settings(flags))
-    log = log.filter(regex=r"^(step|loss|(base|d)_\w+)$")
-    return pd.DataFrame(own, index=log.index, dtype=str).join(log)
+def keys(seeds):
+    """{column of KEY: value} of every run."""
+    for seed, (setting, (_, irs, w_divs, _)) in itertools.product(seeds, SETTINGS.items()):
+        for values in itertools.product(irs, w_divs, RATES, MARGINS):
+            yield dict(zip(KEY, (setting, *values, seed), strict=True))
 
 
-def ran_off(log, group, threshold=1.0):
-    """The first logged step at which a group's base loss is above the threshold, having been below
-    half of it; or None. A group is a class or split, as the log's columns name it; nan: none of its
-    images was drawn since the row before."""
-    loss = log[f"base_{group}"]
-    learned = (loss < threshold / 2).cummax()
-    gone = log["step"][learned & (loss > threshold)]
-    return None if gone.empty else int(gone.iloc[0])
+def directory(key, runs):
+    return runs / "-".join(str(value) for value in key.values())
 
 
-def condition(log):
-    """(net weights w [C], first step above the threshold [C], inf: never) of one run; lam is 1."""
-    omega_con, omega_div = cm.class_weights([int(n) for n in log["counts"].iloc[0].split()])
-    first = [ran_off(log, k) for k in range(len(omega_con))]
-    return ((omega_con - omega_div).numpy(),
-            np.array([np.inf if step is None else step for step in first]))
+def first(log, where):
+    """The step of the first row of a log at which `where` holds, or ""."""
+    return "" if not where.any() else int(log["step"][where].iloc[0])
 
 
-def concave_first(w, first):
-    """(how many classes have w < -1, how many of the classes that ran off before all others do):
-    as many of these are looked at as there are of those."""
-    concave = set(np.flatnonzero(w < -1))
-    leaders = np.argsort(first, kind="stable")[:len(concave)]
-    return len(concave), len(concave.intersection(k for k in leaders if np.isfinite(first[k])))
+def measure(key, runs, flags):
+    """A row: train, or go on."""
+    n_max, _, _, own = SETTINGS[key["setting"]]
+    own = [*own, "--n-max", n_max, "--ir", key["IR"], "--w-div", key["w_div"], "--lr", key["lr"],
+           "--div-margin", key["margin"], "--seed", key["seed"]]
+    out = directory(key, runs)
+    end = common.run([*flags, *map(str, own)], out)
+    log = common.numbers(common.read_rows(out / "log.csv"), ())
+    row = dict(zip(STEPS, (first(log, log["d_Few"] > ABOVE),
+                           first(log, log["base"] > 2 * log["base"].cummin())), strict=True))
+    last = {"d Few": log["d_Few"].iloc[-1], "base": log["base"].iloc[-1]} if len(log) else {}
+    return key | row | last | {"end": end or "finished"}
+
+
+def study(args, flags):
+    """Every run that has no row yet. Raises ValueError."""
+    flags, *_ = common.configured(flags, UNUSED)
+    options = common.settings(flags)
+    for key in keys(args.seeds):
+        if not common.has_row(args.rows, options, **key):
+            common.add_rows(args.rows, options, [measure(key, args.runs, flags)])
 
 
 def table(rows):
-    """As text: when each run went off, its last losses, and whether lam * w < -1 says which classes
-    go first."""
+    """As text: of each setting what its seeds did, beside 1 + lam w of the rarest class."""
     shown = []
-    for (base, lr, margin), log in rows.groupby(KEY, sort=False):
-        w, first = condition(log)
-        concave, led = concave_first(w, first)
-        last = log.iloc[-1]
-        ordered = len(set(first)) > 1  # else there is no order to correlate with
+    for values, runs in rows.groupby(KEY[:-1], sort=False):
+        setting, ir, w_div, lr, margin = values
+        counts = cm.class_counts(SETTINGS[setting][0], ir, 10)
+        w = cm.capacity_weights(counts, w_div=w_div).min().item()
+        steps = {name: ", ".join("never" if step != step else f"{step:,.0f}" for step in runs[name])
+                 for name in STEPS}
+        ended = [end for end in runs["end"] if end != "finished"]
         shown.append({
-            "base": base, "lr": lr, "margin": margin,
-            "Few runs off at": ran_off(log, "Few") or "never",
-            "Many runs off at": ran_off(log, "Many") or "never",
-            "last base loss, Few": f"{last['base_Few']:.3g}",
-            "last base loss, Many": f"{last['base_Many']:.3g}",
-            "last d, Few": f"{last['d_Few']:.3g}", "last d, Many": f"{last['d_Many']:.3g}",
-            "classes with λw < −1": concave,
-            "of them off first": f"{led} of {concave}" if np.isfinite(first).any() else "–",
-            "Spearman of w and step":
-                f"{scipy.stats.spearmanr(w, first)[0]:+.2f}" if ordered else "–",
-            "end": last["end"] or "finished"})
+            "setting": setting, "IR": f"{ir:g}", "w_div": f"{w_div:g}",
+            "1 + λw, rarest": f"{1 + w:.2f}", "lr": lr, "fuse": margin, "seeds": len(runs),
+            "d on Few above 0.1 at step": steps[STEPS[0]], "base loss doubled at": steps[STEPS[1]],
+            "last d, Few": ", ".join(f"{d:.2g}" for d in runs["d Few"]),
+            "last base loss": ", ".join(f"{loss:.2g}" for loss in runs["base"]),
+            "not finished": ", ".join(ended)})
     return common.markdown(shown)
 
 
-def draw(rows, path):
-    """Few and Many: d (top) and base loss (bottom) over steps, a column a run's base and lr."""
-    columns = list(rows.groupby(["base", "lr"], sort=False).groups)
-    figure = Figure(figsize=(2.9 * len(columns) + 1, 5.2), layout="constrained")
-    axes = figure.subplots(2, len(columns), squeeze=False, sharey="row")
-    for (base, lr, margin), log in rows.groupby(KEY, sort=False):
-        of_d, of_loss = axes[:, columns.index((base, lr))]
-        bound = "∞" if margin == "inf" else margin
-        for split, colour in (("Many", "C0"), ("Few", "C3")):
-            for axis, kind in ((of_d, "d"), (of_loss, "base")):
-                axis.plot(log["step"], log[f"{kind}_{split}"], "-" if margin == "inf" else "--",
-                          color=colour, lw=1, label=f"{split}, m = {bound}")
-        of_d.set(title=f"{base}, lr {lr}")
-        of_loss.set(xlabel="step")
-    axes[0, 0].set(ylabel="d = ‖ε_θ − ε_θg‖²")
+def shown_runs(seed):
+    """{title: {margin: a run's key}} of the picture."""
+    runs = {}
+    for key in keys([seed]):
+        if key["IR"] == 100 and key["lr"] == RATES[0]:
+            title = f"{key['setting']}, w_div {key['w_div']}, lr {key['lr']}"
+            runs.setdefault(title, {})[key["margin"]] = key
+    return runs
+
+
+def draw(seed, runs, path):
+    """d on Few (top) and the base loss (bottom) over steps, without and with the fuse; nothing
+    where a log is lacking."""
+    shown = shown_runs(seed)
+    logs = {directory(key, runs) / "log.csv" for pair in shown.values() for key in pair.values()}
+    if not all(log.is_file() for log in logs):
+        return
+    figure = Figure(figsize=(3.2 * len(shown) + 1, 5.2), layout="constrained")
+    axes = figure.subplots(2, len(shown), squeeze=False, sharey="row")
+    for i, (title, pair) in enumerate(shown.items()):
+        for (margin, key), line in zip(pair.items(), ("C3-", "C0--"), strict=True):
+            log = common.numbers(common.read_rows(directory(key, runs) / "log.csv"), ())
+            label = "no fuse" if margin == "inf" else f"fuse {margin}"
+            for axis, column in zip(axes[:, i], ("d_Few", "base"), strict=True):
+                axis.plot(log["step"], log[column], line, lw=1, label=label)
+        axes[0, i].set(title=title)
+        axes[1, i].set(xlabel="step")
+    axes[0, 0].set(ylabel="d = ‖ε_θ − ε_θg‖², Few")
     axes[1, 0].set(ylabel="base loss")
     for axis in axes.flat:
         axis.set(yscale="log")
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=8)
     common.save(figure, path)
 
 
-def study(path, runs, bases, rates, flags):
-    """Every run that has no rows yet; rates: {learning rate: steps}. Raises ValueError."""
-    flags = common.with_defaults(flags, warmup="100")
-    rows = common.read_rows(path, common.settings(flags))
-    done = set() if rows.empty else set(rows.groupby(KEY).groups)
-    for lr, steps in rates.items():
-        for base in bases:
-            for margin in MARGINS:
-                if (base, lr, margin) not in done:
-                    new = measure(base, lr, margin, steps, runs, flags)
-                    rows = common.replace_rows(rows, new, KEY)
-                    common.write_rows(path, rows)
-
-
 def main(argv=None):
-    parser = common.parser("divergence", __doc__)
-    parser.add_argument("--bases", nargs="+", default=["ddpm", "oc"],
-                        choices=["ddpm", "oc", "cbdm", "focal"])
-    parser.add_argument("--lr", nargs="+", default=["1e-3", "2e-4"], help="learning rates")
-    parser.add_argument("--steps", type=int, nargs="+", default=[2500, 5000],
-                        help="one number a learning rate")
-    parser.add_argument("--runs", type=Path, default=Path("runs/divergence"))
+    parser = common.parser("divergence", __doc__, seeds=(20, 21, 22))
     args, flags = parser.parse_known_args(argv)
     try:
-        if len(args.steps) != len(args.lr):
-            raise ValueError(f"--steps has {len(args.steps)} numbers, --lr {len(args.lr)}; "
-                             "type one for each")
         if not args.table:
-            rates = dict(zip(args.lr, args.steps, strict=True))
-            study(args.rows, args.runs, args.bases, rates, flags)
-        rows = common.numbers(common.read_table(args.rows), WORDS)
+            study(args, flags)
+        rows = common.numbers(common.read_table(args.rows, [*KEY, *STEPS]), WORDS)
         print(table(rows))
-        draw(rows, args.assets / "divergence.png")
+        draw(args.seeds[0], args.runs, args.assets / "divergence.png")
         return 0
     except (ValueError, OSError) as e:
         cm.fail(e)

@@ -7,9 +7,9 @@
 The classifier of classification.py, for as many steps each: on the long-tailed set alone; with five
 generated images for each real one, balanced over classes, of DDPM, RS and CM, without and with
 guidance; and with what needs no generator, class-balanced re-sampling and logit adjustment (LA).
-Generators are the study's, trained in --generators where they are lacking; options that aren't its
-own go to cm.py. Columns: macro precision and recall on the test set; label accuracy: how often a
-classifier that was trained on the whole balanced set sees a generated image's class in it.
+Generators are trained, too, and kept in --runs; options that aren't its own go to cm.py. Columns:
+macro precision and recall on the test set; label accuracy: how often a classifier that was trained
+on the whole balanced set sees a generated image's class in it.
 """
 
 import contextlib
@@ -31,16 +31,15 @@ from experiments import classifiers, common
 # without a generator, {setting: (base loss, whether batches are balanced)}
 ALONE = {"real images": ("CE", False), "re-sampling": ("CE", True), "LA": ("LA", False)}
 REBALANCED = ("re-sampling", "LA")
-GENERATORS = {"DDPM": "--no-cm", "RS": "--no-cm --resample 0.5", "CM": ""}  # as in study.py
-GUIDANCE = (0, 1)
+GENERATORS = {"DDPM": "--no-cm", "RS": "--no-cm --resample 0.5", "CM": ""}
+GUIDANCE = (0, 1.5)  # 1.5: the authors'
 PER_REAL = 5  # generated images for each real one; the paper's are 50,000 for 10,847
-STUDY = dict(n_max="1000", steps="6000", warmup="100")  # its options for cm.py, on Fashion-MNIST
-MILESTONE = 1500  # a step at which the study wants a checkpoint, too
+OWN = dict(n_max="1000", steps="6000", warmup="100")  # options for cm.py, on Fashion-MNIST
 SHOWN = ("precision", "recall", "recall Many", "recall Medium", "recall Few")
 LABELS = ["label accuracy", "label accuracy Few"]
 KEY = ["setting", "guidance", "seed"]  # a run's
-UNUSED = ("subset_seed", "unconditional", "no_cm", "resample", "base", "cbdm_prior", "seed", "amp",
-          "compile", "run", "sampling")  # options of cm.py, and groups, that would have no effect
+UNUSED = ("subset_seed", "no_cm", "resample", "base", "cbdm_prior", "seed", "amp", "compile", "run",
+          "sampling")  # options of cm.py, and groups, that would have no effect
 PAPER = {"CM − DDPM": "+2.50, +4.44", "CM − real images": "+5.98, +9.53",  # Tab. G.8, points:
          "DDPM − real images": "+3.48, +5.09"}  # differences in precision and in recall
 
@@ -70,18 +69,20 @@ class Setup:
                             self.device, self.args.runs / "judge", seed=2)
 
     def samples(self, generator, guidance, seed):
-        """The .npz of images of a generator, drawn where there is none."""
-        directory = common.directory_of((generator, self.config.n_max, seed), self.args.generators)
-        flags = [*self.flags, *f"--base ddpm --seed {seed} {GENERATORS[generator]}".split()]
-        checkpoint = common.checkpoint_at(self.config.steps, flags, directory, MILESTONE)
+        """The .npz of images of a generator, which is trained and draws them where there is none.
+        Raises FloatingPointError where it runs off."""
         made_by = hashlib.sha256(common.settings(self.flags).encode()).hexdigest()[:6]
-        path = self.args.runs / f"{directory.name}-{made_by}-{self.args.sampler}-g{guidance}.npz"
+        out = self.args.runs / f"{generator}-{seed}-{made_by}"
+        path = out / f"samples-{self.args.sampler}-g{guidance}.npz"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            flags = [*self.flags, *f"--base ddpm --seed {seed} {GENERATORS[generator]}".split()]
             with contextlib.redirect_stdout(sys.stderr):
+                ran_off = common.run(flags, out)
+                if ran_off:
+                    raise FloatingPointError(f"{out}: {ran_off}")
                 cm.generate(dataclasses.replace(
-                    self.config, sample=str(checkpoint), out=str(path), num_images=self.total,
-                    seed=seed, guidance=guidance, sampler=self.args.sampler))
+                    self.config, sample=str(out / "checkpoint.pt"), out=str(path), seed=seed,
+                    num_images=self.total, guidance=guidance, sampler=self.args.sampler))
         return path
 
     def read(self, path):
@@ -103,8 +104,8 @@ class Setup:
         return classifiers.Images(images[taken].to(self.device), labels[taken].to(self.device))
 
     def measure(self, setting, guidance, seed, checkpoint, options):
-        """A row: train with a setting's images and test. guidance: 0 or 1, "" without a generator
-        of ours; `checkpoint`: where the classifier's lies while it is trained."""
+        """A row: train with a setting's images and test. guidance: "" without a generator of ours;
+        `checkpoint`: where the classifier's lies while it is trained."""
         training, row = self.training, {}
         if setting not in ALONE:
             file = self.given.get(setting)
@@ -166,9 +167,11 @@ def table(rows):
         s: common.spread(run[s], 1) for s in (*LABELS, *SHOWN)} for name, run in runs.items()]
     pairs = [(name, "real images") for name in REBALANCED]
     pairs += itertools.product((name for name in runs if name not in ALONE), ALONE)
-    for w in GUIDANCE:
-        pairs += [(f"CM, guidance {w}", f"{other}, guidance {w}") for other in ("DDPM", "RS")]
-    pairs += [(f"{name}, guidance 1", f"{name}, guidance 0") for name in GENERATORS]
+    guidances = np.unique(rows["guidance"].dropna())
+    for w in guidances:
+        pairs += [(f"CM, guidance {w:g}", f"{other}, guidance {w:g}") for other in ("DDPM", "RS")]
+    pairs += [(f"{name}, guidance {w:g}", f"{name}, guidance 0")
+              for name in GENERATORS for w in guidances if w > 0]
     differences = [{"difference": f"{ours} − {theirs}"} | {
         s: common.interval(*common.difference(runs[ours][s], runs[theirs][s])[:2], 1)
         for s in ("precision", "recall", "recall Few")} | {
@@ -216,8 +219,6 @@ def main(argv=None):
     parser.add_argument("--generator-seeds", type=int, nargs="+", default=[11, 12],
                         help="of the generators, in turn: even --seeds take the first of two, odd "
                              "ones the second [default: 11 12]")
-    parser.add_argument("--generators", type=Path, default=Path("runs/study"),
-                        help="the study's --runs; generators it lacks are trained there")
     parser.add_argument("--samples", type=Path, nargs="+", default=[], metavar="NPZ",
                         help="your images: uint8 arr_0 [N, H, W, C], labels arr_1; a setting each")
     parser.add_argument("--sampler", choices=["ddim", "dpm"], default="dpm",
@@ -230,7 +231,7 @@ def main(argv=None):
     torch.set_num_threads(1)  # results repeat only with the same number of threads
     try:
         other = re.search(r"--dataset[ =](?!fashion)", " ".join(flags))
-        flags, config, _ = common.configured(flags, UNUSED, **({} if other else STUDY))
+        flags, config, _ = common.configured(flags, UNUSED, **({} if other else OWN))
         for name, least in (("classifier_steps", 1), ("generator_seeds", 0)):
             smallest = np.min(getattr(args, name))
             cm.check(smallest >= least, name, smallest, f"at least {least}")

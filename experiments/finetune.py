@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -41,32 +40,40 @@ UNUSED = "no_cm", "rank_ratio", "seed", "warmup", "compile", "flip", "network", 
 
 
 class LoRA(cm.LowRankReserved):
-    """W_f + B_g A_g, where `layer` holds W_f. Being a class of its own it is what stays on inside
-    `cm.general_only`; a cm.LowRankReserved around it adds B_e A_e, and `cm.merge` folds both."""
+    """W_f + B_g A_g, where `layer` holds W_f: what theta_g has, too."""
 
-    def _conv_forward(self, x, weight, bias):
-        """What LowRankReserved.forward calls on any layer inside it that isn't an nn.Linear, hence
-        on a LoRA of a linear layer, too. `weight` is the whole W."""
-        if isinstance(self.layer, nn.Linear):
-            return F.linear(x, weight, bias)
-        return self.layer._conv_forward(x, weight, bias)
+    general = property(lambda self: 0, lambda self, entered: None)  # `cm.general_only` leaves it on
+
+
+class Reserved(cm.LowRankReserved):
+    """W_f + B_g A_g + B_e A_e, where `layer` is a LoRA."""
+
+    def forward(self, *args, **kwargs):  # a LoRA's weight can't be replaced, that of its layer can
+        return torch.func.functional_call(self.layer.layer, {"weight": self.weight}, args, kwargs)
 
 
 def add_factors(network, decoder, method, r_g, r_e):
     """Factorise `network` in place: LoRA of rank r_g where r_g < min(d, k), and inside `decoder`
     around it CM's B_e A_e of rank r_e, or LoRA of rank r_g + r_e. Other layers stay as they are.
 
-    Raises ValueError unless 0 < r_e < r_g and the decoder has such layers. (Sec. 3.3)"""
-    inside = cm.full_ranks(decoder)
+    d and k are cm.matrix_shape's. Raises ValueError unless 0 < r_e < r_g and the decoder has such
+    layers. (Sec. 3.3)"""
+    inside, layers = full_ranks(decoder), full_ranks(network)
     if not 0 < r_e < r_g < max(inside.values()):
         raise ValueError(f"--ranks are {r_g} {r_e}; they must be R_G R_E with 0 < R_E < R_G < "
                          f"{max(inside.values())}, the decoder's largest full rank")
     wide = inside if method == "LoRA r_g + r_e" else {}
     new = {layer: LoRA(layer, r_g + r_e if layer in wide else r_g)
-           for layer, full_rank in cm.full_ranks(network).items() if r_g < full_rank}
+           for layer, full_rank in layers.items() if r_g < full_rank}
     if method == "CM":
-        new |= {layer: cm.LowRankReserved(new[layer], r_e) for layer in inside if layer in new}
+        new |= {layer: Reserved(new[layer], r_e) for layer in inside if layer in new}
     cm.replace_modules(network, new)
+
+
+def full_ranks(module):
+    """{Conv2d or Linear inside: min(d, k)}"""
+    return {layer: min(cm.matrix_shape(layer)) for layer in module.modules()
+            if isinstance(layer, (nn.Conv2d, nn.Linear))}
 
 
 def fine_tune(net, setting, config, path, options):
@@ -77,7 +84,7 @@ def fine_tune(net, setting, config, path, options):
     trained = nn.ParameterList(p for p in net.parameters() if p.requires_grad)
     ema = copy.deepcopy(trained).requires_grad_(False)
     parameters, averages = list(trained), list(ema)
-    losses = cm.CapacityManipulation(net, setting.data.counts, config).to(device)
+    losses = cm.CapacityManipulation.from_config(net, setting.data.counts, config).to(device)
     losses.alpha_bar.copy_(setting.alpha_bar)
     adam = torch.optim.AdamW(parameters, config.lr, weight_decay=WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
@@ -131,7 +138,9 @@ def samples(setting, method, seed, args, options):
                 with torch.no_grad(), cm.autocast(cm.precision(config, device), device):
                     images.append(setting.images(merged[name], y.to(device), SAMPLE_STEPS,
                                                  seeds[i:i + len(y)]))
-            common.save_samples(path, np.concatenate(images), labels, setting.data.counts.cpu())
+            common.save_samples(path, np.concatenate(images), labels, setting.data.counts.cpu(),
+                                guidance=config.guidance, sampler="ddim",
+                                sample_steps=SAMPLE_STEPS)
     if args.pretrained:
         merged[method].unet.save_pretrained(directory / "unet")
     return paths, sum(p.numel() for p in net.parameters() if p.requires_grad)

@@ -52,14 +52,16 @@ SMALL = 1e-300  # instead of a division by 0
 
 def per_sample_gradients(losses, names, x0, y, t, eps, chunk_size=32):
     """{name: gradient of Eq. (4) [n, *shape]} of each sample alone, for the named parameters of a
-    CapacityManipulation in eval mode; labels aren't dropped. Their mean is the batch's gradient."""
+    CapacityManipulation; labels aren't dropped. Their mean is the batch's gradient; in training
+    mode each sample has dropout masks of its own, as in training."""
     selected = {n: p.detach() for n, p in losses.named_parameters() if n in names}
 
     def loss(selected, *sample):
         x0, y, t, eps = (v[None] for v in sample)
         return functional_call(losses, selected, (x0, y, t, eps, y))[0]
 
-    gradient = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0), chunk_size=chunk_size)
+    gradient = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0), chunk_size=chunk_size,
+                    randomness="different")
     return gradient(selected, x0, y, t, eps)
 
 
@@ -74,10 +76,10 @@ def parts(gradients, name, layer):
     """{part: [n, rows, columns]}: what the loss makes each weight want."""
     if not isinstance(layer, cm.LowRankReserved):
         return {"W": gradients[f"unet.{name}.weight"].flatten(2)}
-    w_g = gradients[f"unet.{name}.layer.weight"].flatten(2)
+    w_g = gradients[f"unet.{name}.layer.weight"]
     g_a, g_b = gradients[f"unet.{name}.A"], gradients[f"unet.{name}.B"]
-    ba = g_b @ layer.A.detach() + layer.B.detach() @ g_a
-    return {"W_g": w_g, "BA": ba, "W_g+BA": w_g + ba}
+    ba = (g_b @ layer.A.detach() + layer.B.detach() @ g_a).view_as(w_g)
+    return {part: g.flatten(2) for part, g in (("W_g", w_g), ("BA", ba), ("W_g+BA", w_g + ba))}
 
 
 def unit(x):
@@ -144,7 +146,7 @@ def measure(checkpoint, samples):
     the smallest class. Raises ValueError."""
     config, unet, counts = cm.load_trained(checkpoint, "model")
     data = cm.Data(config)
-    losses = cm.CapacityManipulation(unet, data.counts, config).eval()
+    losses = cm.CapacityManipulation.from_config(unet.train(), data.counts, config)
     chosen = layers(unet)
     names = [n for n, _ in losses.named_parameters()
              if n.startswith(tuple(f"unet.{layer}." for layer in chosen)) and "bias" not in n]

@@ -1,4 +1,5 @@
-"""A frequent class above the rare ones from the same noise: real, plain DDPM, CM, CM's θ_g.
+"""A frequent class above the rare ones from the same noise: real, plain DDPM, CM, CM's θ_g; with
+the guidance of cm.py's samples, 1.5.
 
     python cm.py --steps 6000 --no-cm --out runs/plain
     python cm.py --steps 6000 --out runs/cm
@@ -29,7 +30,8 @@ def draw(plain_checkpoint, cm_checkpoint, path, columns=8):
     seeds = [cm.hashed_seed("image", config.seed, i) for i in range(len(y))]
 
     def generated(network):
-        return cm.to_uint8(cm.sample(network, y, data.images.shape[1:], seeds=seeds))
+        shape = data.images.shape[1:]
+        return cm.to_uint8(cm.sample(network, y, shape, guidance=config.guidance, seeds=seeds))
 
     panels = {"real": data.first(shown, columns), "plain DDPM": generated(plain),
               "CM": generated(cm.merge(unet))}

@@ -36,7 +36,7 @@ class Unlabelled:
         begun = (out / "checkpoint.pt").is_file()
         before = cm.Config(
             dataset=config.dataset, data=config.data, device=config.device, ir=1.0, flip=False,
-            unconditional=True, no_cm=True, steps=steps, out=str(out), resume=begun,
+            label_drop=1.0, no_cm=True, steps=steps, out=str(out), resume=begun,
             overwrite=not begun).resolved()
         stopped_by = cm.train(before, set(cm.stored_options(before)) - {"data"})
         if stopped_by:
@@ -62,19 +62,16 @@ class Unlabelled:
 class Prompted(nn.Module):
     """diffusers' UNet as cm.py calls a network: a label stands for its prompt, -1 for "".
 
-    prompts: embeddings [C + 1, L, D], the last that of "". diffusers' forward can't be cut behind
-    its encoder, so all of it is `decode`, and both passes of CM are whole ones."""
+    prompts: embeddings [C + 1, L, D], the last that of "". Stable Diffusion's UNet has no dropout,
+    so what L_CM sees is capacity alone."""
 
     def __init__(self, unet, prompts):
         super().__init__()
         self.unet = unet
         self.register_buffer("prompts", prompts)
 
-    def encode(self, x_t, t, y):
-        return x_t, t, self.prompts[y]
-
-    def decode(self, x_t, t, prompt):
-        return self.unet(x_t, t, prompt).sample
+    def forward(self, x_t, t, y):
+        return self.unet(x_t, t, self.prompts[y]).sample
 
 
 class StableDiffusion:

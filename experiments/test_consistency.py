@@ -27,6 +27,17 @@ ARGS = ["--n-max", "8", "--ir", "2", "--image-size", "8", "--channels", "8",
         "--assets", "."]
 
 
+def configured(**options):
+    return cm.Config(image_size=8, channels=8, multipliers=(1, 2), **options).resolved()
+
+
+def weighed(d, y, margin):
+    """L_CM by the authors' weights, with the fuse, for distances d of classes y."""
+    n = torch.tensor([40, 10, 5, 2.0])
+    w = (4 * n / n.sum() - 0.2 * 4 / (n * (1 / n).sum()))[y]
+    return torch.where(w > 0, w * d, w * d.clamp(max=margin))
+
+
 def tiny(dropout=0.0, b=0.0, **options):
     """ConsistencyTraining of a small UNet, B of spread b, and a batch of 6 with grid(9)."""
     torch.manual_seed(0)
@@ -34,8 +45,7 @@ def tiny(dropout=0.0, b=0.0, **options):
     cm.reserve_capacity(unet.decoder, 0.25)
     for name, p in unet.named_parameters():
         p.data.add_((b if name.endswith(".B") else 0.1) * torch.randn_like(p))
-    config = cm.Config(image_size=8, channels=8, multipliers=(1, 2), **options).resolved()
-    losses = ct.ConsistencyTraining(unet, [40, 10, 5, 2], config, 0.6)
+    losses = ct.ConsistencyTraining(unet, [40, 10, 5, 2], configured(**options), 0.6)
     y = torch.tensor([0, 1, 2, 3, 3, 0])
     batch = (torch.randn(6, 1, 8, 8), y, torch.randn(6, 1, 8, 8), torch.where(y == 2, -1, y),
              torch.tensor([0, 1, 3, 5, 7, 7]), ct.make_grid(9))
@@ -84,10 +94,10 @@ def test_the_unet_takes_negative_times():
     assert not torch.allclose(out[:1], losses.unet(x[:1], -times[:1], torch.tensor([0])))
 
 
-def test_without_BA_loss_and_general_gradients_are_the_plain_steps():
-    losses, batch = tiny(dropout=0.3)
-    plain = ct.ConsistencyTraining(cm.merge(losses.unet), [40, 10, 5, 2],
-                                   dataclasses.replace(losses.config, no_cm=True), 0.6)
+def test_without_BA_and_with_shared_masks_loss_and_general_gradients_are_the_plain_steps():
+    losses, batch = tiny(dropout=0.3, same_masks=True)
+    plain = ct.ConsistencyTraining(cm.merge(losses.unet), [40, 10, 5, 2], configured(no_cm=True),
+                                   0.6)
     totals = []
     for module in (losses.train(), plain.train()):
         torch.manual_seed(3)
@@ -100,8 +110,15 @@ def test_without_BA_loss_and_general_gradients_are_the_plain_steps():
         assert torch.allclose(mine[name], p.grad, rtol=1e-5, atol=1e-7), name
 
 
+def test_theta_g_draws_masks_of_its_own():
+    for same in (False, True):
+        losses, batch = tiny(dropout=0.3, same_masks=same)
+        loss_cm = losses.train()(*batch)[2]
+        assert (loss_cm == 0).all() if same else loss_cm.abs().min() > 0
+
+
 def test_L_CM_sees_F_at_the_larger_sigma_only_and_the_target_nothing():
-    losses, batch = tiny(b=0.3, lam=0.5)
+    losses, batch = tiny(b=0.3, lam=0.5, div_margin=1e-3)
     x0, y, eps, y_in, n, grid = batch
     total, base, loss_cm = losses(*batch)
     sigma = grid[n + 1].float()[:, None, None, None]
@@ -110,8 +127,9 @@ def test_L_CM_sees_F_at_the_larger_sigma_only_and_the_target_nothing():
     F = losses.unet(x, time, y_in)
     with cm.general_only(losses.unet):
         F_g = losses.unet(x, time, y_in)
-    con, div = cm.class_weights([40, 10, 5, 2])
-    expected = cm.capacity_loss(F, F_g, con[y], div[y], losses.config.div_margin)
+    d = (F - F_g).square().mean((1, 2, 3))
+    expected = weighed(d, y, 1e-3)
+    assert d.min() > 1e-3  # so that the fuse matters
     assert torch.allclose(loss_cm, expected, rtol=1e-4, atol=1e-6) and loss_cm.abs().min() > 0
     small = grid[n].float()[:, None, None, None]
     f = ct.consistency(losses.unet, x0 + sigma * eps, grid[n + 1], y_in, 0.6)
@@ -140,10 +158,9 @@ def test_held_out_measures_one_by_one():
     data = SimpleNamespace(
         images=torch.zeros(1), held_out=torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8),
         held_out_labels=labels, names="abcd", counts=torch.tensor([40, 10, 5, 2]))
-    found = ct.held_out(losses.unet, data, dataclasses.replace(losses.config, lam=0.5), 0.6, 2, 3)
+    found = ct.held_out(losses.unet, data, configured(lam=0.5), 0.6, 2, 3)
     eps = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    con, div = cm.class_weights([40, 10, 5, 2])
-    base, few, weighed = [], [], []
+    base, few, shares = [], [], []
     with torch.no_grad():
         for i in range(24):  # three times the first two of each class, at pairs 3, 10 and 16
             which, n = [0, 1, 3, 4, 6, 7, 9, 10][i % 8], (3, 10, 16)[i // 8]
@@ -157,9 +174,10 @@ def test_held_out_measures_one_by_one():
             F = losses.unet(x, 250 * large.log().float(), y)
             with cm.general_only(losses.unet):
                 F_g = losses.unet(x, 250 * large.log().float(), y)
-            weighed.append(0.5 * cm.capacity_loss(F, F_g, con[y], div[y], 0.003).abs().item())
+            d = (F - F_g).square().mean((1, 2, 3))
+            shares.append(0.5 * weighed(d, y, 0.1).abs().item())
     assert found["held-out loss Few"] == pytest.approx(sum(few) / len(few), rel=1e-4)
-    share = sum(weighed) / (sum(weighed) + sum(base))
+    share = sum(shares) / (sum(shares) + sum(base))
     assert len(few) == 12 and found["held-out share"] == pytest.approx(share, rel=1e-4)
 
 
@@ -182,21 +200,15 @@ def test_table_by_hand():
 
 
 class Line(nn.Module):
-    """F of one number and its time, in cm.py's two halves."""
+    """F of one number and its time."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(),
                                     nn.Linear(32, 1))
 
-    def encode(self, x, t, y):
-        return torch.cat([x.flatten(1), t[:, None] / 1000], 1), (), None
-
-    def decode(self, h, skips, emb):
-        return self.layers(h)[:, :, None, None]
-
     def forward(self, x, t, y):
-        return self.decode(*self.encode(x, t, y))
+        return self.layers(torch.cat([x.flatten(1), t[:, None] / 1000], 1))[:, :, None, None]
 
 
 class Gaussian(SimpleNamespace):
@@ -273,7 +285,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(kills_at, tmp_path, mo
 
     def recorded(self, *batch):
         result = forward(self, *batch)
-        seen[self.config.no_cm].append((result[1].mean().item(), result[2].abs().mean().item()))
+        seen[self.no_cm].append((result[1].mean().item(), result[2].abs().mean().item()))
         return result
 
     monkeypatch.setattr(ct.ConsistencyTraining, "forward", recorded)
@@ -299,7 +311,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(kills_at, tmp_path, mo
     assert "exploratory: 1 seeds" in out and "CM − CT" in out and len(rows.splitlines()) == 5
 
     ct_losses, cm_losses = seen[True], seen[False]  # three steps first, then held-out images
-    assert ct_losses[0] == cm_losses[0] and cm_losses[0][1] == 0  # same weights, batch and noise
+    assert ct_losses[0][0] == cm_losses[0][0]  # same weights, batch, noise and masks
     table = common.numbers(common.read_rows(Path("rows.csv")), ("method", "options"))
     shares = table[table["method"] == "CM"].iloc[0]
     for step, tenth in ((1, 1), (2, 4), (3, 7)):

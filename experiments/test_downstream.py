@@ -22,18 +22,17 @@ from experiments import downstream as down  # noqa: E402
 torch.set_num_threads(1)  # results repeat with as many threads
 ARGS = ["--n-max", "12", "--ir", "6", "--image-size", "8", "--channels", "4",
         "--multipliers", "1", "2", "--batch-size", "4", "--steps", "3", "--classifier-steps", "3",
-        "--seeds", "20", "--generator-seeds", "5", "--runs", "runs", "--generators", "gen",
-        "--rows", "rows.csv", "--assets", "."]
+        "--seeds", "20", "--generator-seeds", "5", "--runs", "runs", "--rows", "rows.csv",
+        "--assets", "."]
 COUNTS = cm.class_counts(12, 6, 10)
 TOTAL = 5 * sum(COUNTS)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, fewer_images):
-    """20 images a class to train, 4 to test; small batches, short milestones."""
+    """20 images a class to train, 4 to test; small batches."""
     fewer_images(20, 4)
     monkeypatch.setattr(classifiers, "BATCH", 16)
-    monkeypatch.setattr(down, "MILESTONE", 2)
     monkeypatch.setattr(cm, "report", lambda *_: print("reported"))  # it takes the longest
     train = fid.train_classifier
     monkeypatch.setattr(fid, "train_classifier",
@@ -86,7 +85,7 @@ def test_training_sets_are_of_the_right_size_and_balance(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(down.Setup, "samples", samples)
-    settings = [*down.ALONE, *((g, w) for g in ("DDPM", "RS", "CM") for w in (0, 1))]
+    settings = [*down.ALONE, *((g, w) for g in ("DDPM", "RS", "CM") for w in (0, 1.5))]
     runs = [(setting, seed) for seed in (20, 21, 22) for setting in settings]
     calls = trained_on(monkeypatch, [*ARGS, "--seeds", "20", "21", "22", "--generator-seeds", "5",
                                      "6"], runs)
@@ -104,7 +103,7 @@ def test_training_sets_are_of_the_right_size_and_balance(tmp_path, monkeypatch):
         else:
             assert generated.sum() == TOTAL and generated.max() - generated.min() <= 1
     assert len({call["path"] for call in calls.values()}) == len(calls)
-    assert drawn == [(g, w, s) for s in (5, 6, 5) for g in ("DDPM", "RS", "CM") for w in (0, 1)]
+    assert drawn == [(g, w, s) for s in (5, 6, 5) for g in ("DDPM", "RS", "CM") for w in (0, 1.5)]
     rows = common.read_rows(Path("rows.csv"))
     assert rows["generator seed"].tolist() == 3 * [""] + 6 * ["5"] + 3 * [""] + 6 * ["6"] + \
         3 * [""] + 6 * ["5"]
@@ -130,7 +129,7 @@ def test_samples_of_ones_own_take_the_generators_place(tmp_path, monkeypatch, ca
     assert float(row["label accuracy"]) == pytest.approx(1 - nines / TOTAL, abs=1e-5)
     few = np.isin(labels, cm.splits(COUNTS)["Few"]).sum()
     assert float(row["label accuracy Few"]) == pytest.approx(1 - nines / few, abs=1e-5)
-    assert "mine" in capsys.readouterr().out and not Path("gen").exists()
+    assert "mine" in capsys.readouterr().out and not list(Path("runs").glob("*/"))
     write_npz("mine.npz", labels, arr_1=labels, seed=9)  # other images: another row
     calls = trained_on(monkeypatch, [*ARGS, "--samples", "mine.npz"], ["mine"])
     assert common.read_rows(Path("rows.csv"))["setting"].nunique() == len(down.ALONE) + 2
@@ -167,56 +166,33 @@ def test_the_judge_is_trained_on_the_whole_balanced_set(tmp_path, monkeypatch):
 # Generators
 
 
-def test_a_generator_is_trained_in_the_studys_layout_and_taken_from_there(tmp_path, monkeypatch):
-    flags = common.with_defaults(ARGS[:-14] + ["--base", "ddpm", "--seed", "5"], warmup="100")
-    directory = common.directory_of(("CM with RS, θ_g", 12, 5), tmp_path)
-    assert directory == tmp_path / "12-CM-with-RS-5"
-    path = common.checkpoint_at(3, flags, directory, 2)
-    assert path == directory / "checkpoint-3.pt"
-    for i in (2, 3):
-        assert torch.load(directory / f"checkpoint-{i}.pt", weights_only=True)["step"] == i
-    assert "reported" in (directory / "output.txt").read_text()
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "run", None)  # neither trained again, nor where `before` is gone
-        (directory / "checkpoint-2.pt").unlink()
-        assert common.checkpoint_at(3, flags, directory, 2) == path
-    with pytest.raises(ValueError, match="checkpoint-3.pt was made with --ir 6.0, not 7.0"):
-        common.checkpoint_at(3, [*flags, "--ir", "7"], directory, 2)
-    monkeypatch.setattr(common, "run", lambda *_: "not finite at step 2")
-    with pytest.raises(FloatingPointError, match="12-CM-6: not finite at step 2"):
-        common.checkpoint_at(3, flags, tmp_path / "12-CM-6", 2)
-
-
-def test_generators_are_arms_of_the_study():
-    from experiments.study import study
-    assert {name: study.ARMS[name].flags for name in down.GENERATORS} == down.GENERATORS
-
-
-def test_what_is_drawn_and_from_which_generator(tmp_path, monkeypatch):
+def test_what_is_trained_and_drawn(tmp_path, monkeypatch):
     made, drawn = [], []
-    monkeypatch.setattr(common, "checkpoint_at", lambda steps, flags, directory, before: (
-        made.append((steps, cm.parse(flags)[0].resolved(), directory, before)),
-        directory / f"checkpoint-{steps}.pt")[1])
+    monkeypatch.setattr(common, "run", lambda flags, out: made.append(
+        (cm.parse(flags)[0].resolved(), out)))
     monkeypatch.setattr(cm, "generate", lambda config: drawn.append(config))
     config = cm.Config(ir=6, n_max=12, image_size=8, steps=4).resolved()
-    args = SimpleNamespace(samples=[], runs=tmp_path / "r", generators=Path("gen"), sampler="ddim")
+    args = SimpleNamespace(samples=[], runs=tmp_path, sampler="ddim")
     setup = down.Setup(args, config, ["--n-max", "12", "--preset", "paper"])  # whose base is OC
     for generator, no_cm, resample in (("DDPM", True, 1), ("RS", True, 0.5), ("CM", False, 1)):
-        path = setup.samples(generator, 1, 7)
-        steps, trained, directory, before = made[-1]
-        assert directory == Path(f"gen/12-{generator}-7") and (steps, before) == (4, 2)
+        path = setup.samples(generator, 1.5, 7)
+        trained, out = made[-1]
+        assert re.fullmatch(f"{generator}-7-[0-9a-f]{{6}}", out.name) and out.parent == tmp_path
         assert (trained.no_cm, trained.resample, trained.seed) == (no_cm, resample, 7)
         assert (trained.base, trained.n_max) == ("ddpm", 12)
-        assert path == Path(drawn[-1].out) and path.parent == tmp_path / "r"
-        assert re.fullmatch(f"12-{generator}-7-[0-9a-f]{{6}}-ddim-g1.npz", path.name)
-        assert drawn[-1].sample == f"gen/12-{generator}-7/checkpoint-4.pt"
+        assert Path(drawn[-1].out) == path == out / "samples-ddim-g1.5.npz"
+        assert drawn[-1].sample == str(out / "checkpoint.pt")
         assert (drawn[-1].num_images, drawn[-1].seed) == (TOTAL, 7)
-        assert (drawn[-1].guidance, drawn[-1].sampler) == (1, "ddim")
+        assert (drawn[-1].guidance, drawn[-1].sampler) == (1.5, "ddim")
+        out.mkdir()
         path.touch()
-        assert setup.samples(generator, 1, 7) == path
-    assert len(drawn) == 3 and len(made) == 6
-    setup.flags += ["--steps", "5"]  # another network's images are drawn anew
-    assert setup.samples("CM", 1, 7) != path and len(drawn) == 4
+        assert setup.samples(generator, 1.5, 7) == path
+    assert len(drawn) == len(made) == 3
+    setup.flags += ["--steps", "5"]  # another network
+    assert setup.samples("CM", 1.5, 7).parent != out and len(drawn) == 4
+    monkeypatch.setattr(common, "run", lambda *_: "not finite at step 2")
+    with pytest.raises(FloatingPointError, match="CM-8-.*: not finite at step 2"):
+        setup.samples("CM", 0, 8)
 
 
 def test_images_keep_their_labels_and_the_test_set_judges(tmp_path, monkeypatch):
@@ -249,7 +225,7 @@ def test_images_keep_their_labels_and_the_test_set_judges(tmp_path, monkeypatch)
 def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
         kills_at, tmp_path, monkeypatch, capsys):
     results = {}
-    monkeypatch.setattr(down, "GUIDANCE", (1,))
+    monkeypatch.setattr(down, "GUIDANCE", (1.5,))
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -269,10 +245,9 @@ def test_a_miniature_stopped_and_resumed_ends_with_the_same_rows(
     assert results["whole"] == results["stopped"]
     rows, out = results["whole"]
     assert len(rows.splitlines()) == 7 and "Does generating beat re-balancing?" in out
-    samples = {path.name: fid.read_images(path)[0] for path in Path("runs").glob("*.npz")}
-    assert {re.sub("-[0-9a-f]{6}-", "-", name) for name in samples} == {
-        f"12-{name}-5-dpm-g1.npz" for name in down.GENERATORS}
-    assert all(len(images) == TOTAL for images in samples.values())
+    samples = list(Path("runs").glob("*/samples-dpm-g1.5.npz"))
+    assert {path.parent.name[:-7] for path in samples} == {f"{g}-5" for g in down.GENERATORS}
+    assert all(len(fid.read_images(path)[0]) == TOTAL for path in samples)
     monkeypatch.setattr(down.Setup, "measure", None)  # nothing is run again
     assert down.main(ARGS) == 0 and capsys.readouterr().out == out
     assert down.main([*ARGS, "--table"]) == 0 and capsys.readouterr().out == out

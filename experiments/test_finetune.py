@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from experiments import common, pretrained  # noqa: E402
 from experiments import finetune as ft  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
-SMALL = dict(image_size=8, channels=8, multipliers=(1, 2), batch_size=4)
+SMALL = dict(image_size=8, channels=8, multipliers=(1, 2), batch_size=4, dropout=0.0)
 ARGS = ["--n-max", "8", "--ir", "2", "--steps", "3", "--ranks", "4", "2",
         "--pretrain-steps", "2", "--num-images", "100", "--seeds", "5", "--runs", "runs",
         "--rows", "rows.csv", "--assets", "."]
@@ -50,7 +51,7 @@ def plain_unet():
     (nn.Linear(6, 7), torch.randn(5, 6)), (nn.Linear(6, 7, bias=False), torch.randn(2, 3, 6)),
     (nn.Conv2d(6, 8, 3, 2, 1, groups=2, padding_mode="circular"), torch.randn(2, 6, 9, 9))])
 def test_a_layer_sums_the_outputs_of_its_three_weights(layer, x):
-    net = randomised(nn.Sequential(cm.LowRankReserved(ft.LoRA(copy.deepcopy(layer), 3), 2)))
+    net = randomised(nn.Sequential(ft.Reserved(ft.LoRA(copy.deepcopy(layer), 3), 2)))
     reserved = net[0]
     lora = reserved.layer
     layer = lora.layer  # W_f, randomised
@@ -81,7 +82,7 @@ def ranks(network):
     named = dict(network.named_modules())
     found = {name: [m.A.shape[0], 0] for name, m in named.items() if isinstance(m, ft.LoRA)}
     for name, m in named.items():
-        if type(m) is cm.LowRankReserved:
+        if isinstance(m, ft.Reserved):
             found[f"{name}.layer"][1] = m.A.shape[0]
     return {name.removesuffix(".layer"): tuple(pair) for name, pair in found.items()}
 
@@ -91,9 +92,10 @@ def test_general_factors_lie_in_every_layer_and_reserved_ones_in_the_decoder():
     for method in ft.METHODS:
         networks[method] = plain_unet()
         ft.add_factors(networks[method], networks[method].decoder, method, 4, 2)
-    # 4 < min(d, k) everywhere but in the last layer, to one channel
+    # 4 < min(d, k) everywhere but in the first and the last layer, from and to one channel
     layers = {name: layer for name, layer in plain_unet().named_modules()
-              if isinstance(layer, (nn.Conv2d, nn.Linear)) and name != "decoder.5.2"}
+              if isinstance(layer, (nn.Conv2d, nn.Linear))
+              and name not in ("encoder.0", "decoder.5.2")}
     last = plain_unet().decoder[-1][-1]
     assert last.weight.shape[0] == 1 and len(layers) > 20
     for method, inside in (("LoRA r_g", (4, 0)), ("LoRA r_g + r_e", (6, 0)), ("CM", (4, 2))):
@@ -107,11 +109,13 @@ def test_general_factors_lie_in_every_layer_and_reserved_ones_in_the_decoder():
     wide = plain_unet()
     ft.add_factors(wide, wide.decoder, "CM", 8, 7)
     for name, layer in layers.items():  # r_g < min(d, k), or nothing at all
-        assert (name in ranks(wide)) == (min(layer.weight.flatten(1).shape) > 8), name
+        side = layer.kernel_size[0] if isinstance(layer, nn.Conv2d) else 1
+        narrow = side * min(layer.weight.shape[:2])
+        assert (name in ranks(wide)) == (narrow > 8), name
     assert 0 < len(ranks(wide)) < len(layers)
 
 
-@pytest.mark.parametrize("r_g, r_e", [(2, 2), (2, 3), (4, 0), (16, 2), (99, 2)])
+@pytest.mark.parametrize("r_g, r_e", [(2, 2), (2, 3), (4, 0), (48, 2), (99, 2)])
 def test_ranks_that_are_refused(r_g, r_e):
     net = plain_unet()
     with pytest.raises(ValueError, match=f"--ranks are {r_g} {r_e}"):
@@ -134,7 +138,7 @@ def setting(**options):
                       counts=labels.bincount(), names=list("abcd"),
                       starts=torch.tensor([0, 4, 6, 7]))
     made = object.__new__(pretrained.Unlabelled)
-    before = cm.UNet(None, 1, 8, 8, (1, 2), 1, (), 0.0)
+    before = cm.UNet(4, 1, 8, 8, (1, 2), 1, (), 0.0)
     made.config, made.data, made.batches, made.alpha_bar = config, data, data, cm.make_alpha_bar()
     made.state = randomised(before).state_dict()
     return made, before
@@ -144,11 +148,12 @@ def setting(**options):
 def test_fine_tuning_starts_from_the_pre_trained_network_exactly(method):
     made, before = setting()
     net, decoder = made.network()
-    ft.add_factors(net, decoder, method, 4, 2)
+    ft.add_factors(net.eval(), decoder, method, 4, 2)
     x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 3, -1])
-    assert torch.equal(net(x, t, y), before(x, t))
+    unlabelled = before(x, t, torch.full_like(y, -1))
+    assert torch.equal(net(x, t, y), unlabelled)
     net.label_embedding.weight.data.normal_()
-    assert not torch.allclose(net(x, t, y)[:2], before(x, t)[:2])
+    assert not torch.allclose(net(x, t, y)[:2], unlabelled[:2])
 
 
 @pytest.mark.parametrize("method", ft.METHODS)
@@ -222,12 +227,13 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
         small, kills_at, tmp_path, monkeypatch, capsys):
     results, seen = {}, []
 
-    def recorded(unet, counts, config, losses=cm.CapacityManipulation):
+    def recorded(unet, counts, config, make=cm.CapacityManipulation.from_config):
         seen.append((config.no_cm, config.seed))
-        return losses(unet, counts, config)
+        return make(unet, counts, config)
 
     losses, starts, sampled, update, sample = [], [], [], cm.update, cm.sample
-    monkeypatch.setattr(cm, "CapacityManipulation", recorded)  # not pre-training's
+    monkeypatch.setattr(cm, "CapacityManipulation",  # not pre-training's
+                        SimpleNamespace(from_config=recorded))
     monkeypatch.setattr(cm, "update", lambda loss, *rest: (
         losses.append(loss.item()), starts.append([p.detach().clone() for p in rest[0][:8]]),
         update(loss, *rest))[2])
@@ -250,27 +256,27 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
         assert ft.main(ARGS) == 0
         out = capsys.readouterr().out
         results[name] = (Path("rows.csv").read_bytes(), out[out.index("exploratory"):],
-                         fid.read_images(Path("runs/cm-5/general-100.npz"))[0].tolist(),
+                         fid.read_images(Path("runs/cm-5/general-100-g1.5.npz"))[0].tolist(),
                          torch.load("runs/cm-5/cm-5.pt")["state"]["ema"])
         assert Path("finetune.png").is_file()
     # two steps of pre-training, then each method's first: weights, batch and noise are the same
     assert losses[5:9:3] == pytest.approx(2 * losses[2:3], 1e-5)
     assert all(map(torch.equal, starts[2], starts[8]))  # LoRA's and CM's factors, of the encoder
     seeds = [cm.hashed_seed("image", 5, i) for i in range(100)]
-    how = [i % 10 for i in range(100)], torch.Size([1, 8, 8]), "ddim", 2, 0.0, seeds
+    how = [i % 10 for i in range(100)], torch.Size([1, 8, 8]), "ddim", 2, 1.5, seeds
     assert sampled[:4] == 4 * [how]  # both LoRAs, CM, its theta_g: labels, steps, noise
     rows, out = results["whole"][:2]
     assert results["stopped"][:3] == results["whole"][:3]
     assert seen[:3] == [(True, 5), (True, 5), (False, 5)]
     before, unet, counts = cm.load_trained("runs/pretrained/checkpoint.pt")
-    assert before.unconditional and unet.label_embedding is None and counts == 10 * [20]
+    assert before.label_drop == 1 and not before.flip and counts == 10 * [20]
     weights = results["whole"][3]
     assert all(torch.equal(p, results["stopped"][3][n]) for n, p in weights.items())
     assert "exploratory: 1 seeds" in out and "CM − (LoRA r_g)" in out
     methods = [line.split(",")[0].strip('"') for line in rows.decode().splitlines()]
     assert methods == ["method", "LoRA r_g", "LoRA r_g + r_e", "CM", "CM"]
     images = {file: fid.read_images(Path("runs", file)) for file in (
-        "lora-5/samples-100.npz", "cm-5/samples-100.npz", "cm-5/general-100.npz")}
+        "lora-5/samples-100-g1.5.npz", "cm-5/samples-100-g1.5.npz", "cm-5/general-100-g1.5.npz")}
     a, b, c = images.values()
     assert not torch.equal(a[0], b[0]) and not torch.equal(b[0], c[0])
 
@@ -279,7 +285,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
     with pytest.raises(SystemExit):  # lora-wide-5 still has its checkpoint
         ft.main([*ARGS, "--rows", "new.csv", "--lr", "0.5"])
     assert "lora-wide-5.pt is no checkpoint" in capsys.readouterr().err.splitlines()[-1]
-    assert not torch.equal(fid.read_images(Path("runs/lora-5/samples-100.npz"))[0], a[0])
+    assert not torch.equal(fid.read_images(Path("runs/lora-5/samples-100-g1.5.npz"))[0], a[0])
     Path("new.csv").unlink()
     monkeypatch.setattr(cm, "update", None)  # nothing is trained or measured again
     monkeypatch.setattr(fid, "evaluate", None)
@@ -299,7 +305,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
 @pytest.mark.parametrize("arguments, says", [
     ("--num-images 9", "--num-images"), ("--seeds -1", "--seeds"), ("--seeds x", "invalid int"),
     ("--pretrain-steps 0", "--pretrain-steps"), ("--ranks 2 8", "--ranks are 2 8"),
-    ("--ranks 32 8", "R_G < 32"), ("--ranks 8", "expected 2"), ("--data none", "none"),
+    ("--ranks 96 8", "R_G < 96"), ("--ranks 8", "expected 2"), ("--data none", "none"),
     ("--rank-ratio 0.1", "--rank-ratio has no meaning"), ("--warmup 9", "--warmup has no meaning"),
     ("--channels 8", "--channels has no meaning"), ("--no-cm", "--no-cm has no meaning"),
     ("--sampler dpm", "--sampler has no meaning"), ("--table", "has no rows"),
@@ -374,8 +380,8 @@ def test_labels_stand_for_prompts_and_batches_are_latents(pipeline, tmp_path, mo
         ids = pipe.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
         expected = pipe.text_encoder(ids)[0]
         x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
-        assert torch.allclose(net.decode(*net.encode(x, t, torch.tensor([y]))),
-                              pipe.unet(x, t, expected).sample, atol=1e-5), prompt
+        assert torch.allclose(net(x, t, torch.tensor([y])), pipe.unet(x, t, expected).sample,
+                              atol=1e-5), prompt
 
     means = pipe.vae.encode(made.data.images.float() / 127.5 - 1).latent_dist.mode()
     latents, y = made.batches.batch(64, 1.0, made.config.flip)
@@ -389,7 +395,7 @@ def test_labels_stand_for_prompts_and_batches_are_latents(pipeline, tmp_path, mo
 
 def test_one_step_on_a_pipeline_is_eq_4_with_its_own_noise(pipeline, tmp_path, monkeypatch):
     from diffusers import DDPMScheduler
-    made = loaded(pipeline, tmp_path, lam=0.5, div_margin=0.01)
+    made = loaded(pipeline, tmp_path, lam=0.5, w_div=0.8, div_margin=0.01)
     net, decoder = made.network()
     ft.add_factors(net, decoder, "CM", 3, 2)
     assert all(p.requires_grad == name.endswith((".A", ".B"))
@@ -407,7 +413,7 @@ def test_one_step_on_a_pipeline_is_eq_4_with_its_own_noise(pipeline, tmp_path, m
         with cm.general_only(net):
             theta_g = net.unet(x_t, t, prompts).sample
         n = torch.tensor([8, 4, 2.0])
-        w = (3 * n / 14 - 3 / (n * (1 / n).sum()))[y]
+        w = (3 * n / 14 - 0.8 * 3 / (n * (1 / n).sum()))[y]
         d = (theta - theta_g).square().mean((1, 2, 3))
         assert d.min() > 1e-4
         expected = F.mse_loss(theta, eps) + 0.5 * torch.where(w > 0, w * d, w * d.clamp(
@@ -442,6 +448,9 @@ def test_a_tiny_pipeline_is_tuned_sampled_and_loaded_again(
     for name, (images, labels, counts) in sampled.items():
         assert images.shape == (100, 3, 16, 16) and list(counts) == [8, 4, 2]
         assert labels.tolist() == [i % 3 for i in range(100)]
+        with np.load(directory / name) as file:
+            assert [file[k].item() for k in ("guidance", "sampler", "sample_steps")] == [
+                0.5, "ddim", 2]
         grid = Image.open((directory / name).with_suffix(".png"))
         assert grid.size == (8 * 18 + 2, 3 * 18 + 2)  # torchvision's borders of 2
     a, b, c = (images for images, _, _ in sampled.values())
@@ -460,7 +469,7 @@ def test_a_tiny_pipeline_is_tuned_sampled_and_loaded_again(
     assert (images - sampled["cm-5/samples-100-g0.5.npz"][0][1:3]).abs().max() < 1.01
 
     monkeypatch.setattr(cm, "update", None)  # all is there; guidance is for sampling only
-    assert run("--steps 2 --lr 0.01", pipeline) == 0
+    assert run("--steps 2 --guidance 0 --lr 0.01", pipeline) == 0
     plain = fid.read_images(directory / "cm-5/samples-100.npz")[0]
     assert not torch.equal(plain, sampled["cm-5/samples-100-g0.5.npz"][0])
     monkeypatch.setattr(pretrained.StableDiffusion, "images", None)

@@ -8,7 +8,7 @@ Networks keep checkpoints in --runs and go on from them. FD: Fréchet distance f
 in the features of a classifier trained on it (fid.py's); shape: how often it sees the caption's
 shape; colour, place: how often `shapes.read` sees the caption's. "autoencoder": real images
 through it, the best to be expected of either method. --prompt: by both methods, of the first seed,
-with guidance 1, into RUNS/prompt.png; beside images of that caption, black where there are none.
+with guidance 1.5, into RUNS/prompt.png; beside images of that caption, black where there are none.
 """
 
 import copy
@@ -31,11 +31,11 @@ BATCH = 32
 LR = 1e-3  # Adam's, after WARMUP steps
 WARMUP = 100
 DROP = 0.1  # share of captions dropped
-RANK_RATIO = 0.3  # as in cm.py's small preset
 SAMPLE_STEPS = 50  # of DDIM
 AUTOENCODER = "autoencoder"
 METHODS = ("DDPM", "CM")
-POINTS = ((AUTOENCODER, 0), *((method, w) for w in (0, 1) for method in METHODS))  # guidance w
+GUIDANCE = 1.5  # the authors'
+POINTS = ((AUTOENCODER, 0), *((method, w) for w in (0, GUIDANCE) for method in METHODS))
 SPLITS = ("overall", "Many", "Medium", "Few")
 SHOWN = {f"FD {name}": 1 for name in SPLITS} | {f"shape {name}": 3 for name in SPLITS} | {
     f"{kind} {name}": 3 for kind in ("colour", "place") for name in ("overall", "Few")}
@@ -73,26 +73,24 @@ class TextToImage(nn.Module):
             up_block_types=2 * ("CrossAttnUpBlock2D",), cross_attention_dim=WIDTH,
             attention_head_dim=4, dropout=0.1)  # diffusers' misnomer: 4 heads
         if reserve:
-            cm.reserve_capacity(self.unet.up_blocks, RANK_RATIO)
+            cm.reserve_capacity(self.unet.up_blocks)
 
     def forward(self, x_t, t, ids):
         """x_t [B, 4, 8, 8], t [B] or an int, ids [B, LENGTH]."""
         return self.unet(x_t, t, self.text(self.words(ids) + self.positions)).sample
 
 
-def loss_of(net, x0, y, t, eps, ids, omega):
+def loss_of(net, x0, y, t, eps, ids, w):
     """Eq. (4), base DDPM, lam = 1; the base alone where nothing is reserved. x0, eps [B, 4, 8, 8];
-    y, t [B]; ids [B, LENGTH]; omega: cm.class_weights. Both passes run the whole network, since
-    diffusers' forward can't be cut behind its encoder."""
+    y, t [B]; ids [B, LENGTH]; w [C]: cm.capacity_weights."""
     x_t = cm.add_noise(x0, t, eps, cm.make_alpha_bar(x0.device))
-    reserved = cm.reserved_layers(net)
-    if not reserved:
-        return cm.squared_distance(net(x_t, t, ids), eps).mean()
-    with cm.same_masks(x_t), cm.general_only(reserved):
+    eps_theta = net(x_t, t, ids)
+    base = cm.squared_distance(eps_theta, eps).mean()
+    if not cm.reserved_layers(net):
+        return base
+    with cm.general_only(net):  # the UNet's dropout, 0.1, draws masks of its own; the text has none
         eps_theta_g = net(x_t, t, ids)
-    eps_theta, (omega_con, omega_div) = net(x_t, t, ids), (w[y] for w in omega)
-    loss_cm = cm.capacity_loss(eps_theta, eps_theta_g, omega_con, omega_div, cm.Config.div_margin)
-    return cm.squared_distance(eps_theta, eps).mean() + loss_cm.mean()
+    return base + cm.capacity_loss(eps_theta, eps_theta_g, w[y]).mean()
 
 
 def draw_batch(latents, labels, ids):
@@ -174,8 +172,8 @@ class Setting:
         data = [x.to(self.device) for x in (
             self.latents(self.images[self.index]), torch.from_numpy(self.labels[self.index]),
             shapes.word_ids([self.captions[i] for i in self.index], self.words))]
-        omega = [w.to(self.device) for w in cm.class_weights(self.counts)]
-        loss = lambda: loss_of(net, *draw_batch(*data), omega)
+        w = cm.capacity_weights(self.counts).to(self.device)
+        loss = lambda: loss_of(net, *draw_batch(*data), w)
         return cm.merge(fit(net, loss, self.path(method, seed), self.args.steps, seed, self.data))
 
     def drawn(self, method, seed, captions, guidance):
@@ -242,21 +240,22 @@ def draw(setting, captions, path, columns=6):
     for row, caption in enumerate(captions):
         alike = [i for i, other in enumerate(setting.captions) if other == caption][:columns]
         real[row * columns:row * columns + len(alike)] = setting.images[alike]
-    drawn = {method: setting.drawn(method, setting.args.seeds[0], many, 1) for method in METHODS}
+    drawn = {method: setting.drawn(method, setting.args.seeds[0], many, GUIDANCE)
+             for method in METHODS}
     path.parent.mkdir(parents=True, exist_ok=True)
     cm.draw_panels({"real": real} | drawn, captions, path)
 
 
 def table(rows):
     """The tables in Markdown: mean ± standard deviation, and CM − DDPM paired by seed."""
-    runs = dict(list(rows.set_index("seed").groupby(["method", "guidance"])))
+    runs = dict(list(rows.set_index("seed").groupby(["method", "guidance"], sort=False)))
     measured, differences = [], []
-    for method, w in (point for point in POINTS if point in runs):
-        run, plain = runs[method, w], runs.get(("DDPM", w))
-        measured.append({"method": method, "guidance": w, "seeds": len(run)} | {
+    for (method, w), run in runs.items():
+        plain = runs.get(("DDPM", w))
+        measured.append({"method": method, "guidance": f"{w:g}", "seeds": len(run)} | {
             name: common.spread(run[name], n) for name, n in SHOWN.items()})
         if method == "CM" and plain is not None:
-            differences.append({"difference": "CM − DDPM", "guidance": w} | {
+            differences.append({"difference": "CM − DDPM", "guidance": f"{w:g}"} | {
                 name: common.interval(*common.difference(run[name], plain[name])[:2], n)
                 for name, n in SHOWN.items()})
     return "\n\n".join([f"exploratory: {rows['seed'].nunique()} seeds; mean ± standard deviation",
