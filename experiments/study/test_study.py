@@ -122,7 +122,7 @@ def frechet(a, b):
 
 
 def check_cells(row, checkpoint, samples):
-    """A row's FD, FD2, accuracy, loss, d and memorised of Few, computed by other means."""
+    """A row's FD, FD2, accuracy, recall, loss, d and memorised of Few, computed by other means."""
     config, unet, counts = cm.load_trained(checkpoint)
     few = cm.splits(counts)["Few"]
     images, labels, _ = cm.load_dataset("fashion16", None, 8, train=False)
@@ -148,8 +148,11 @@ def check_cells(row, checkpoint, samples):
     kept = np.isin(drawn["arr_1"], few)
     fakes = drawn["arr_0"][kept].reshape(kept.sum(), -1).astype(float)
     train = cm.Data(config).images.permute(0, 2, 3, 1).reshape(sum(counts), -1).double().numpy()
-    near = [sorted(np.sqrt(((x - train) ** 2).sum(1)))[:2] for x in fakes]
-    assert np.isclose(float(row["memorised Few"]), np.mean([a < b / 3 for a, b in near]), 1e-5)
+    reals = images[np.isin(labels, few)].permute(0, 2, 3, 1).flatten(1).double().numpy()
+    for name, some in (("Few", fakes), ("real", reals)):
+        near = [sorted(np.sqrt(((x - train) ** 2).sum(1)))[:2] for x in some]
+        assert np.isclose(float(row[f"memorised {name}"]), np.mean([a < b / 3 for a, b in near]),
+                          1e-5)
 
     real, real_labels, _ = cm.load_dataset("fashion16", None, 8)
     sets = [fid.chw(real), torch.from_numpy(real_labels), images, labels, 10]
@@ -162,6 +165,9 @@ def check_cells(row, checkpoint, samples):
         if kind == "FD":
             right = (logits.argmax(1).numpy() == drawn["arr_1"][kept]).mean()
             assert np.isclose(float(row["accuracy Few"]), right, 1e-5)
+            kinds = fid.precision_recall(theirs, ours)
+            assert np.allclose([float(row[f"{name} Few"]) for name in ("precision", "recall")],
+                               kinds, 1e-5)
 
 
 def test_memorised_by_hand():
