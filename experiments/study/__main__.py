@@ -5,14 +5,12 @@
     python -m experiments.study --table              # verdicts, tables and pictures of the rows
 
 Options that aren't its own go to every run of cm.py. A killed run goes on from its last checkpoint;
-what has its row is never run again. README.md beside this file says what the columns of a row are.
+what has its row is never run again. README.md beside this file says what a row is.
 """
 
 import os
 import sys
 from pathlib import Path
-
-import torch
 
 import cm
 from experiments import common
@@ -23,9 +21,8 @@ def main(argv=None):
     parser = common.parser("study", __doc__)
     parser.set_defaults(rows=Path(__file__).with_name("rows.csv"))
     stages = list(study.make_stages())
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     parser.add_argument("--stage", choices=stages, nargs="+", default=stages)
-    parser.add_argument("--jobs", type=int, default=cores, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"),
                         help="where run directories lie; outside the work tree they outlive it")
     parser.add_argument("--num-images", type=int, default=2500, help="generated images a row")
@@ -34,14 +31,13 @@ def main(argv=None):
         cm.check(args.jobs >= 1, "jobs", args.jobs, "at least 1")
         if args.table and flags:
             raise ValueError(f"{flags[0]} has no meaning beside --table")
-        status = 0
-        if not args.table:
-            status = study.study(args.stage, args.rows, args.runs, flags, args.jobs,
-                                 args.num_images)
+        if not args.table and study.study(args.stage, args.rows, args.runs, flags, args.jobs,
+                                          args.num_images):
+            return 1  # stopped
         rows = common.numbers(common.read_table(args.rows, study.KEY), study.WORDS)
         print(tables.everything(rows))
         tables.draw(rows, args.assets)
-        return status
+        return 0
     except (ValueError, OSError) as e:
         cm.fail(e)
 
