@@ -814,8 +814,7 @@ def read_folder(root, size, train):
         for old in set(root.glob(f"{kind}-*.npy")) - {cache}:
             old.unlink()
     except OSError as e:
-        print(f"{cache} can't be written ({e.strerror}); the images will be decoded again next "
-              f"time", file=sys.stderr)
+        print(f"{e}; the images will be decoded again next time", file=sys.stderr)
     return images, labels, names
 
 
@@ -872,7 +871,9 @@ class Data:
 
     def __init__(self, config, device="cpu"):
         options = config.dataset, config.data, config.image_size
-        images, labels, self.names = load_dataset(*options)
+        images, labels, names = load_dataset(*options)
+        # printable also where a folder's name isn't UTF-8
+        self.names = [os.fsencode(name).decode(errors="backslashreplace") for name in names]
         index = long_tail_indices(labels, config.ir, config.subset_seed, config.n_max)
         index = index[np.argsort(labels[index], kind="stable")]
         self.images, self.labels = on_device(images[index], labels[index], device)
@@ -986,14 +987,14 @@ def autocast(kind, device):
 def write_atomically(path, write):
     """Call `write` on a temporary name beside `path`, then rename: `path` is always whole.
 
-    Raises ValueError where it can't be written."""
+    Raises OSError where it can't be written."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save's, on a full disk, is a RuntimeError
         reason = str(e).splitlines()[0]
-        raise ValueError(f"{path} can't be written ({reason}); it is as it was before") from None
+        raise OSError(f"{path} can't be written ({reason}); it is as it was before") from None
     finally:
         temporary.unlink(missing_ok=True)
 
