@@ -2870,8 +2870,16 @@ def test_readme_links_lead_to_the_lines_they_name():
             assert anchor in slugs, target
 
 
-def test_readme_is_one_lesson():
-    assert len(README.splitlines()) <= 250 and "@@" not in README and "design.md" not in README
+def test_readme_is_airy():
+    """At most 250 lines, five a paragraph, ten rows a table, 100 columns of prose."""
+    assert len(README.splitlines()) <= 250 and "design.md" not in README
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    for paragraph in re.split(r"\n\s*\n|\n(?=- |\d\. |#)", prose):
+        lines = paragraph.strip("\n").splitlines()
+        if paragraph.lstrip().startswith("|"):
+            assert len(lines) <= 12, lines[0]
+        else:
+            assert len(lines) <= 5 and all(len(line) <= 100 for line in lines), paragraph
 
 
 def test_readme_commands_parse():
@@ -2888,26 +2896,27 @@ def test_readme_commands_parse():
 
 def test_readme_flags_are_options():
     known = {"--" + f.replace("_", "-") for f in cm.Config.__dataclass_fields__}
-    others = {"--help", "--nproc-per-node", "--features", "--table", "--summary", "--rows"}
+    others = {"--help", "--nproc-per-node", "--features", "--weights", "--reference"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known | others
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_readme_training_step_runs_as_printed(dtype):
     """CM in someone's own network: the first four steps, as the README prints them."""
-    code = re.search(r"## CM in your own network.*?```python\n(.*?)```", README, re.S)[1]
-    assert 10 <= len([line for line in code.splitlines() if line.strip()]) <= 14
+    section = re.search(r"## CM in your own network.*?\n## ", README, re.S)[0]
+    once, step, end = re.findall(r"```python\n(.*?)```", section, re.S)
     torch.manual_seed(0)
     net = cm.UNet(4, 1, 8, 8, (1, 2), 1, (4,), dropout=0.5).to(dtype)
     x0, y, t, eps = batch()
     names = dict(cm=cm, torch=torch, net=net, counts=[40, 9, 4, 1], x0=x0.to(dtype), y=y, t=t,
                  eps=eps.to(dtype), alpha_bar=cm.make_alpha_bar())
-    exec(code, names)
+    exec(once + step, names)
     w, d = names["w"], cm.squared_distance(names["eps_theta"], names["eps_theta_g"])
     assert torch.equal(names["loss_cm"], w[y] * d) and 0 < d.max() < 0.1  # BA = 0: dropout alone
-    before, step = names["loss"], code.split("# Eq. (3), [C]\n")[1]
+    before = names["loss"]
     for _ in range(3):
         exec(step, names)
+    exec(end, names)
     assert names["loss"] != before and all(m.B.any() for m in cm.reserved_layers(net))
     assert not cm.reserved_layers(names["plain"]) and cm.reserved_layers(net)
     assert {p.dtype for p in [*net.parameters(), *names["plain"].parameters()]} == {dtype}
