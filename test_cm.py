@@ -2439,7 +2439,7 @@ BAD_FID = {
     "neither": ("good.npz --features inception", "--dataset --reference is required"),
     "unknown set": ("good.npz --dataset mnist", "invalid choice"),
     "json": ("good.npz --dataset cifar10 --json none/x.json", "not a directory"),
-    "device": ("good.npz --dataset cifar10 --device abacus", "--device abacus"),
+    "device": ("good.npz --dataset cifar10 --device abacus", "--device is abacus"),
     "weights": ("good.npz --dataset cifar10 --features inception --weights text.npz", "text.npz"),
     "fetched": ("good.npz --dataset cifar10 --features inception", "6726825d"),
 }
