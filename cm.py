@@ -1018,7 +1018,8 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state, Config(**state["config"])
     except Exception as e:  # torch.load raises nearly anything on a broken file
-        reason = getattr(e, "strerror", None) or "truncated, or none that this cm.py wrote"
+        unread = getattr(e, "filename", None)  # else the system's word on a truncated file misleads
+        reason = e.strerror if unread else "truncated, or none that this cm.py wrote"
         raise ValueError(f"{path} can't be loaded as a checkpoint.pt: {reason}") from None
 
 
