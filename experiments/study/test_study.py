@@ -104,11 +104,11 @@ def test_the_fuses_share_on_hand_made_distances(margin, fuse):
 
 
 def test_counting_changes_no_training(tmp_path):
-    states, flags = [], study.options_of(study.Run("large", "CM", 3), MINIATURE)
-    for kind in ({}, study.made_of(study.Run("large", "CM", 3))):
-        out = tmp_path / str(len(states))
-        common.run(flags, out, **kind)
-        states.append(torch.load(out / "checkpoint.pt", weights_only=True))
+    run = study.Run("large", "CM", 3)
+    common.run(study.options_of(run, MINIATURE), tmp_path / "plain" / "run")
+    study.train(run, MINIATURE, tmp_path / "counted")
+    states = [torch.load(tmp_path / name / "run" / "checkpoint.pt", weights_only=True)
+              for name in ("plain", "counted")]
     tally = states[1]["model"].pop("tally")
     assert tally[..., 0].sum() == 80 and tally[:, 5:, 1].sum() > 0
     assert all(torch.equal(p, states[0]["model"][k]) for k, p in states[1]["model"].items())
@@ -298,7 +298,10 @@ class InThisProcess(Executor):
 
     def submit(self, function, *args):
         future = Future()
-        future.set_result(function(*args))
+        try:
+            future.set_result(function(*args))
+        except BaseException as e:
+            future.set_exception(e)
         return future
 
 
@@ -322,7 +325,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
-    # killed where a signal can't be caught: the next call goes on from the checkpoint
+    # killed: the next call goes on from the checkpoint
     writes = []
     def killed(path, write, write_atomically=cm.write_atomically):
         writes.append(path)
@@ -371,8 +374,8 @@ def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     for name, more in (("θ-g0", ["--guidance", "0"]), ("θ-g1.5", []),
                        ("θ_g-g0", ["--guidance", "0", "--general-only"])):
         name = f"40-samples-{name}.npz"
-        assert cm.main(["--sample", str(out / "checkpoint.pt"), "--num-images", "40", "--seed",
-                        "20", "--out", str(tmp_path / name), *more]) == 0
+        cm.main(["--sample", str(out / "checkpoint.pt"), "--num-images", "40", "--seed", "20",
+                 "--out", str(tmp_path / name), *more])
         one, other = np.load(tmp_path / name), np.load(ours / name)
         assert all((one[k] == other[k]).all() for k in other)
     row = rows[(rows["arm"] == "CM") & (rows["guidance"] == "0") & (rows["network"] == "θ")].iloc[0]
@@ -381,19 +384,23 @@ def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
 
 def test_a_stopped_run_has_no_row_and_one_that_ran_off_says_so(tiny, tmp_path, capsys, monkeypatch):
     def stopped(*args, **kwargs):
-        raise SystemExit(143)
+        raise KeyboardInterrupt
 
     common.write_rows(tmp_path / "rows.csv", common.text([
         dict(setting="large", arm="RS", seed=20, network="θ", guidance=0.0, options=study.recorded(
             study.Run("large", "RS", 20), MINIATURE, 40)) | dict.fromkeys(tables.MEASURES, 1.0)]))
     with monkeypatch.context() as here:
         here.setattr(common, "run", stopped)
-        assert tiny("--stage", "a") == 1
+        with pytest.raises(SystemExit) as ended:
+            tiny("--stage", "a")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on\n"
     assert len(common.read_rows(tmp_path / "rows.csv")) == 1
-    monkeypatch.setattr(common, "run", lambda *args, **kwargs: "not finite at step 7")
+    off = "not finite between steps 5 and 10"
+    monkeypatch.setattr(common, "run", lambda *args, **kwargs: off)
     assert tiny("--stage", "a") == 0
     rows = common.read_rows(tmp_path / "rows.csv")
-    assert rows["status"].tolist() == ["", *["not finite at step 7"] * 3]
+    assert rows["status"].tolist() == ["", *[off] * 3]
     assert set(rows["FD Few"]) == {"1", ""}
 
     with pytest.raises(SystemExit):
