@@ -1,9 +1,10 @@
 """What CM is compared with and cm.py lacks: the paper's Overlap, ADA, Group-Expert LoRA and CBDM
 (LoRA); and the study's, which take CM apart: agreement alone, uniform weights, two passes averaged.
 
-Each is a loss module, a network, or both, for `cm.train` (the network also for `cm.load_trained`
-and `cm.generate`); `BASELINES`, at the end, names them with their options. Others need no code: capacity alone is
-`--same-masks`, CBDM (theta_g ⊕ theta_e) `--base cbdm --lam 0`, CM with RS `--resample 0.5`.
+Each is a loss module, a network, or both, for `cm.train`; `cm.load_trained` and `cm.generate` take
+the network. `BASELINES`, at the end, names them with their options. Others need no code: capacity
+alone is `--same-masks`, CBDM (theta_g ⊕ theta_e) `--base cbdm --lam 0`, CM with RS `--resample
+0.5`.
 
 It has no command line. The scripts import this file.
 """
@@ -322,7 +323,7 @@ def lora_of(checkpoint=None):
 
 
 class Variation(NamedTuple):
-    """Options of cm.py; what `cm.train` takes; the network alone is `cm.generate`'s, too."""
+    """Options of cm.py, and what `cm.train` takes."""
 
     flags: str
     losses: type = cm.CapacityManipulation

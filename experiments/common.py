@@ -153,7 +153,7 @@ def run(flags, out, **made_of):
     if state and state["step"] == config.steps:
         return ""
     if state and "rows" not in state:
-        raise ValueError(f"{out} was begun by an earlier cm.py, which kept less; remove it, and the "
+        raise ValueError(f"{out} was begun by an earlier cm.py and can't go on; remove it, and the "
                          "run begins again")
     try:
         cm.train(config, typed, **made_of)

@@ -56,8 +56,8 @@ def add_factors(network, decoder, method, r_g, r_e):
     """Factorise `network` in place: LoRA of rank r_g where r_g < min(d, k), and inside `decoder`
     around it CM's B_e A_e of rank r_e, or LoRA of rank r_g + r_e. Other layers stay as they are.
 
-    d and k are cm.matrix_and_rank's. Raises ValueError unless 0 < r_e < r_g and the decoder has such
-    layers. (Sec. 3.3)"""
+    d and k are cm.matrix_and_rank's. Raises ValueError unless 0 < r_e < r_g and the decoder has
+    such layers. (Sec. 3.3)"""
     inside, layers = matrices(decoder), matrices(network)
     largest = max(map(min, inside.values()))
     if not 0 < r_e < r_g < largest:

@@ -239,7 +239,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
         update(loss, *rest))[2])
     monkeypatch.setattr(cm, "sample", lambda net, y, *how: (
         sampled.append((y.tolist(), *how)), sample(net, y, *how))[1])
-    for name, kills in (("whole", ()), ("stopped", (2, 10))):  # 2: pre-training; 10: CM's second step
+    for name, kills in (("whole", ()), ("stopped", (2, 10))):  # in pre-training; CM's second step
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         if kills:  # and once more, before there was a checkpoint
@@ -292,7 +292,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
     assert ft.main(ARGS) == 0 and capsys.readouterr().out == out
     for other, says in (("--lr 1", "other options"), ("--num-images 200", "other options"),
                         ("--ranks 5 2", "other options"), ("--seeds 6 --lr 1", "other options"),
-                        ("--rows new.csv --pretrain-steps 1", "--steps is 1; it must be at least 2"),
+                        ("--rows new.csv --pretrain-steps 1", "--steps is 1; it must be at least"),
                         ("--rows new.csv --lr 1", "lora-5.pt is no checkpoint to go on from"),
                         ("--seeds 5 5", "different numbers"), ("--rows .", "directory")):
         with pytest.raises(SystemExit) as stopped:
