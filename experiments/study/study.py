@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import cm
 import fid
@@ -140,6 +142,7 @@ def measure(run, points, flags, runs, num_images, commit):
     In a process of its own; what it prints goes to the run's directory."""
     directory = runs / re.sub(r"\W+", "-", f"{run.setting}-{run.arm}-{run.seed}")
     directory.mkdir(parents=True, exist_ok=True)
+    tqdm.set_lock(threading.RLock())  # its own has a semaphore, which a killed process leaks
     with (locked(directory / "lock"), open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
         status = train(run, flags, directory)

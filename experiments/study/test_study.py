@@ -2,7 +2,11 @@
 
 import functools
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
@@ -407,6 +411,46 @@ def test_a_stopped_run_has_no_row_and_one_that_ran_off_says_so(tiny, tmp_path, c
         tiny("--stage", "a", "--lr", "1")
     err = capsys.readouterr().err.splitlines()[-1]
     assert "made with other options than" in err and "--lr 1 " in err
+
+
+def test_samples_that_arent_finite_are_a_row_beside_those_that_are(tmp_path, monkeypatch):
+    def sample(run, point, *rest):
+        if point.guidance:
+            raise FloatingPointError("images aren't finite")
+        return "x.npz"
+
+    monkeypatch.setattr(study, "train", lambda *_: "")
+    monkeypatch.setattr(study, "sample", sample)
+    monkeypatch.setattr(study, "score", lambda run, row, files, *_: [
+        row | point._asdict() for point in files])
+    points = [study.Point("θ", 1.5), study.Point("θ", 0.0)]
+    rows = study.measure(study.Run("large", "no fuse", 20), points, MINIATURE, tmp_path, 40, "")
+    assert [(row["guidance"], row["status"]) for row in rows] == [
+        (0.0, "finished"), (1.5, "images not finite")]
+    assert all(row["arm"] == "no fuse" and row["network"] == "θ" for row in rows)
+
+
+@pytest.mark.parametrize("began", ["", "runs/*/run/checkpoint.pt"])
+def test_ctrl_c_ends_all_processes_in_one_line(began, tmp_path):
+    """It goes to the whole group, as from a terminal, while processes import and while they train.
+    """
+    argv = [sys.executable, "-m", "experiments.study", "--stage", "question", "--jobs", "2",
+            "--runs", str(tmp_path / "runs"), "--rows", str(tmp_path / "rows.csv"), *MINIATURE,
+            "--steps", "100000"]
+    process = subprocess.Popen(argv, cwd=Path(cm.__file__).parent, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "0 rows are there" in process.stdout.readline()
+        time.sleep(1)
+        while began and not list(tmp_path.glob(began)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)  # until the last process has closed them
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and err == "interrupted; the same command goes on\n"
 
 
 def test_of_an_option_given_twice_the_last_is_recorded():
