@@ -1,15 +1,15 @@
 """What CM is compared with and cm.py lacks: the paper's Overlap, ADA, Group-Expert LoRA and CBDM
 (LoRA); and the study's, which take CM apart: agreement alone, uniform weights, two passes averaged.
 
-Each is a loss module, a network, or both, for `cm.train`, `cm.load_trained` and `cm.generate`;
-`BASELINES`, at the end, names them with their options. Others need no code: capacity alone is
-`--same-masks`, CBDM (theta_g ⊕ theta_e) `--base cbdm --lam 0`, CM with RS `--resample 0.5`.
+Each is a loss module, a network, or both, for `cm.train`; `cm.load_trained` and `cm.generate` take
+the network. `BASELINES`, at the end, names them with their options. Others need no code: capacity
+alone is `--same-masks`, CBDM (theta_g ⊕ theta_e) `--base cbdm --lam 0`, CM with RS `--resample
+0.5`.
 
 It has no command line. The scripts import this file.
 """
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple
 
@@ -78,7 +78,6 @@ def counted(losses):
 def with_tally(network):
     """`network` with Counted's numbers, by tenth of the training and class, as a buffer [10, C, 3],
     so that checkpoints keep them."""
-    @functools.wraps(network)
     def made(config, num_classes, image_channels):
         unet = network(config, num_classes, image_channels)
         unet.register_buffer("tally", torch.zeros(10, num_classes, 3, dtype=torch.long))
@@ -335,7 +334,7 @@ def lora_of(checkpoint=None):
 
 
 class Variation(NamedTuple):
-    """Options of cm.py, and what `cm.train`, `cm.load_trained` and `cm.generate` take."""
+    """Options of cm.py, and what `cm.train` takes."""
 
     flags: str
     losses: type = cm.CapacityManipulation

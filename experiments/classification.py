@@ -164,6 +164,7 @@ def draw(rows, path):
     common.save(figure, path)
 
 
+@common.interruptible
 def main(argv=None):
     parser = common.parser("classification", __doc__, seeds=range(10, 15))
     parser.add_argument("--dataset", choices=[d for d in cm.DATASETS if d != "folder"],

@@ -101,7 +101,7 @@ def reserve(net):
     """Reserve capacity in a Network, in place, where the authors' code does: in all convolutions,
     and in the head."""
     cm.reserve_capacity(net, RANK_RATIO, where=lambda layer: isinstance(layer, nn.Conv2d))
-    net.head = cm.LowRankReserved(net.head, HEAD_RANK)
+    net.head = cm.LowRankReserved(net.head, *net.head.weight.shape, HEAD_RANK)
 
 
 @contextlib.contextmanager

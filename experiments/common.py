@@ -4,12 +4,9 @@ It has no command line. The scripts import this file, never each other.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
+import functools
 import re
-import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -147,55 +144,22 @@ def run(flags, out, **made_of):
 
     made_of: cm.train's `losses` and `network`.
 
-    "" where the run was finished, else at which step it ran off ("not finite at step N").
-    Raises ValueError where cm.py would, and SystemExit where a signal stopped it; then the same
-    call goes on."""
+    "" where the run was finished, else where it ran off ("not finite between steps 50 and 100").
+    Raises ValueError where cm.py would. What is finished isn't touched, whichever cm.py trained it.
+    """
     go_on = "--resume" if (out / "checkpoint.pt").is_file() else "--overwrite"
     config, typed = cm.parse([*flags, "--out", str(out), go_on])
+    config, state = cm.prepare_run(config.resolved(), typed)
+    if state and state["step"] == config.steps:
+        return ""
+    if state and "rows" not in state:
+        raise ValueError(f"{out} was begun by an earlier cm.py and can't go on; remove it, and the "
+                         "run begins again")
     try:
-        status = cm.train(config.resolved(), typed, **made_of)
+        cm.train(config, typed, **made_of)
     except FloatingPointError as e:
-        return re.search(r"not finite at step \d+", str(e))[0]
-    if status:
-        sys.exit(status)
+        return re.search(r"not finite between steps \d+ and \d+", str(e))[0]
     return ""
-
-
-def directory_of(run, runs):
-    """Where in `runs` the study keeps (method, n_max, seed), and others find its checkpoints."""
-    method, n_max, seed = run
-    name = re.sub(r"[^\w]+", "-", method.removesuffix(", θ_g"))  # theta_g is CM's
-    return runs / f"{n_max}-{name}-{seed}"
-
-
-def checkpoint_at(steps, flags, directory, before):
-    """Path of the checkpoint at `steps` of a run of cm.py in the study's layout, `directory`/run
-    and checkpoints beside it; trained, or gone on with, where it is lacking.
-
-    before: an earlier step, whose checkpoint the study wants and couldn't get later. What is
-    printed goes to output.txt. Raises ValueError where the checkpoint was made with other options
-    than `flags` too, FloatingPointError where the run ran off, SystemExit as `run` does."""
-    path = directory / f"checkpoint-{steps}.pt"
-    directory.mkdir(parents=True, exist_ok=True)
-    with (open(directory / "lock", "w") as lock, open(directory / "output.txt", "a") as output,
-          contextlib.redirect_stdout(output)):
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the study may be at work there
-        for milestone in sorted({min(before, steps), steps}):
-            kept = directory / f"checkpoint-{milestone}.pt"
-            if not path.is_file() and not kept.is_file():
-                ran_off = run([*flags, "--steps", str(milestone)], directory / "run")
-                if ran_off:
-                    raise FloatingPointError(f"{directory}: {ran_off}")
-                cm.write_atomically(kept, lambda temporary: shutil.copy(
-                    directory / "run" / "checkpoint.pt", temporary))
-    made, wanted = (cm.stored_options(config) for config in (
-        cm.load_trained(path)[0], cm.parse([*flags, "--steps", str(steps)])[0].resolved()))
-    for name, value in wanted.items():
-        if made[name] != value and name not in (
-                "data", "device", "out", "amp", "compile", "log_every", "checkpoint_every"):
-            raise ValueError(f"{path} was made with --{name.replace('_', '-')} {made[name]}, not "
-                             f"{value}; name another directory")
-    return path
 
 
 def save_samples(path, images, labels, counts, **how):
@@ -291,6 +255,19 @@ def judge(images, labels, test, num_classes, device, directory, seed=0):
     return net.to(device)
 
 
+def interruptible(main):
+    """A script's main(argv), which Ctrl-C ends in one line, with status 130."""
+    @functools.wraps(main)
+    def ended(argv=None):
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+
+    return ended
+
+
 class Seeds(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if min(values) < 0 or max(values) >= 2**31 or len(set(values)) < len(values):
@@ -330,12 +307,12 @@ def train(step, state, path, steps, seed=0, options="", every=500):
     by (seed, i): so a resumed training draws what the uninterrupted one draws, and on the CPU ends
     with the same weights, bit for bit.
     state: {name: what has state_dict and load_state_dict}, all that a step changes.
-    path: written after each `every` steps, at the end and when stopped; it is whole at every
-    moment. options: text kept in it; a checkpoint with other options or another seed is refused.
+    path: written after each `every` steps and at the end; it is whole at every moment, so that a
+    killed training goes on. options: text kept in it; a checkpoint with other options or another
+    seed is refused.
 
-    SIGINT and SIGTERM end it after the step at hand: checkpoint, one line on stderr, SystemExit
-    with 128 + signal. Raises ValueError on a checkpoint that doesn't fit, and FloatingPointError
-    where the loss stops being finite; the checkpoint is then the last good one."""
+    Raises ValueError on a checkpoint that doesn't fit, and FloatingPointError where the loss stops
+    being finite; the checkpoint is then the last good one."""
     made_with = {"seed": seed, "options": options}
     path.parent.mkdir(parents=True, exist_ok=True)
     for temporary in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):  # of a killed run
@@ -344,26 +321,13 @@ def train(step, state, path, steps, seed=0, options="", every=500):
     if first > steps:
         raise ValueError(f"{path} is at step {first} already; {steps} were asked for")
 
-    stopped_by = []
-
-    def stop(number, frame):
-        stopped_by.append(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for i in tqdm(range(first + 1, steps + 1), path.stem, steps, initial=first, unit="step"):
-            torch.manual_seed(hashed(seed, i))
-            loss = torch.as_tensor(step(i)).item()
-            if not np.isfinite(loss):
-                raise FloatingPointError(f"{path.stem}: the loss is not finite at step {i}")
-            if i % every == 0 or i == steps or stopped_by:
-                save_state(state, path, made_with | {"step": i})
-            if stopped_by:
-                print(f"stopped at step {i}; the same command goes on", file=sys.stderr)
-                sys.exit(128 + stopped_by[0])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for i in tqdm(range(first + 1, steps + 1), path.stem, steps, initial=first, unit="step"):
+        torch.manual_seed(hashed(seed, i))
+        loss = torch.as_tensor(step(i)).item()
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"{path.stem}: the loss is not finite at step {i}")
+        if i % every == 0 or i == steps:
+            save_state(state, path, made_with | {"step": i})
 
 
 def hashed(*words):

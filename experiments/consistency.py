@@ -221,6 +221,7 @@ def table(rows):
         common.markdown(pairs), "|λ L_CM| over itself plus the base loss", common.markdown(shares)])
 
 
+@common.interruptible
 def main(argv=None):
     parser = common.parser("consistency", __doc__, seeds=(10, 11, 12))
     parser.add_argument("--num-images", type=int, default=5000, help="generated images a row")

@@ -58,10 +58,12 @@ def measure(key, runs, flags):
     out = directory(key, runs)
     end = common.run([*flags, *map(str, own)], out)
     log = common.numbers(common.read_rows(out / "log.csv"), ())
-    row = dict(zip(STEPS, (first(log, log["d_Few"] > ABOVE),
-                           first(log, log["base"] > 2 * log["base"].cummin())), strict=True))
-    last = {"d Few": log["d_Few"].iloc[-1], "base": log["base"].iloc[-1]} if len(log) else {}
-    return key | row | last | {"end": end or "finished"}
+    row = dict.fromkeys(STEPS, "")
+    if len(log):  # else it ran off before there was a row
+        doubled = log["base"] > 2 * log["base"].cummin()
+        row = dict(zip(STEPS, (first(log, log["d_Few"] > ABOVE), first(log, doubled)), strict=True))
+        row |= {"d Few": log["d_Few"].iloc[-1], "base": log["base"].iloc[-1]}
+    return key | row | {"end": end or "finished"}
 
 
 def study(args, flags):
@@ -129,6 +131,7 @@ def draw(seed, runs, path):
     common.save(figure, path)
 
 
+@common.interruptible
 def main(argv=None):
     parser = common.parser("divergence", __doc__, seeds=(20, 21, 22))
     args, flags = parser.parse_known_args(argv)

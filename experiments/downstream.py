@@ -214,6 +214,7 @@ def draw(rows, path):
     common.save(figure, path)
 
 
+@common.interruptible
 def main(argv=None):
     parser = common.parser("downstream", __doc__, seeds=range(10, 15))
     parser.add_argument("--generator-seeds", type=int, nargs="+", default=[11, 12],

@@ -56,23 +56,25 @@ def add_factors(network, decoder, method, r_g, r_e):
     """Factorise `network` in place: LoRA of rank r_g where r_g < min(d, k), and inside `decoder`
     around it CM's B_e A_e of rank r_e, or LoRA of rank r_g + r_e. Other layers stay as they are.
 
-    d and k are cm.matrix_shape's. Raises ValueError unless 0 < r_e < r_g and the decoder has such
-    layers. (Sec. 3.3)"""
-    inside, layers = full_ranks(decoder), full_ranks(network)
-    if not 0 < r_e < r_g < max(inside.values()):
+    d and k are cm.matrix_and_rank's. Raises ValueError unless 0 < r_e < r_g and the decoder has
+    such layers. (Sec. 3.3)"""
+    inside, layers = matrices(decoder), matrices(network)
+    largest = max(map(min, inside.values()))
+    if not 0 < r_e < r_g < largest:
         raise ValueError(f"--ranks are {r_g} {r_e}; they must be R_G R_E with 0 < R_E < R_G < "
-                         f"{max(inside.values())}, the decoder's largest full rank")
+                         f"{largest}, the decoder's largest full rank")
     wide = inside if method == "LoRA r_g + r_e" else {}
-    new = {layer: LoRA(layer, r_g + r_e if layer in wide else r_g)
-           for layer, full_rank in layers.items() if r_g < full_rank}
+    new = {layer: LoRA(layer, *shape, r_g + r_e if layer in wide else r_g)
+           for layer, shape in layers.items() if r_g < min(shape)}
     if method == "CM":
-        new |= {layer: Reserved(new[layer], r_e) for layer in inside if layer in new}
+        new |= {layer: Reserved(new[layer], *shape, r_e) for layer, shape in inside.items()
+                if layer in new}
     cm.replace_modules(network, new)
 
 
-def full_ranks(module):
-    """{Conv2d or Linear inside: min(d, k)}"""
-    return {layer: min(cm.matrix_shape(layer)) for layer in module.modules()
+def matrices(module):
+    """{Conv2d or Linear inside: (d, k)}"""
+    return {layer: cm.matrix_and_rank(layer, 1)[:2] for layer in module.modules()
             if isinstance(layer, (nn.Conv2d, nn.Linear))}
 
 
@@ -193,6 +195,7 @@ def draw(data, args, config, path, columns=8):
     common.draw_samples(data, files, few, path, columns)
 
 
+@common.interruptible
 def main(argv=None):
     parser = common.parser("finetune", __doc__, seeds=(10, 11, 12))
     parser.add_argument("--pretrained", type=Path, help="a Stable Diffusion in diffusers' format, "

@@ -261,6 +261,7 @@ def draw(rows, path):
     common.save(figure, path)
 
 
+@common.interruptible
 def main(argv=None):
     parser = common.parser("gradients", __doc__, seeds=(10, 11, 12))
     parser.add_argument("--at", type=int, nargs="+", default=[100, 500, 2000],

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import functools
 import math
-import sys
 
 import numpy as np
 import torch
@@ -38,9 +37,7 @@ class Unlabelled:
             dataset=config.dataset, data=config.data, device=config.device, ir=1.0, flip=False,
             label_drop=1.0, no_cm=True, steps=steps, out=str(out), resume=begun,
             overwrite=not begun).resolved()
-        stopped_by = cm.train(before, set(cm.stored_options(before)) - {"data"})
-        if stopped_by:
-            sys.exit(stopped_by)
+        cm.train(before, set(cm.stored_options(before)) - {"data"})
         self.state = cm.load_trained(out / "checkpoint.pt")[1].state_dict()
 
     def network(self):

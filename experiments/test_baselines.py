@@ -559,9 +559,7 @@ def train(name, out, *more, network=None, report=False):
     variation = baselines.BASELINES[name]
     config, typed = options(name, out, *more)
     with mock.patch.object(cm, "report", cm.report if report else lambda *args: None):
-        status = cm.train(config.resolved(), typed, variation.losses,
-                          network or variation.network)
-    assert status == 0
+        cm.train(config.resolved(), typed, variation.losses, network or variation.network)
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
@@ -604,25 +602,25 @@ def test_a_variation_resumes_bit_for_bit(trained, tmp_path):
     half = train(name, tmp_path / "cut", "--steps", "5", network=network)
     assert half["step"] == 5 and not same(half["model"], whole["model"])
     cut = train(name, tmp_path / "cut", "--steps", "10", "--resume", network=network)
-    for part in ("model", "ema", "optimizer", "log"):
+    for part in ("model", "ema", "optimizer"):
         assert same(cut[part], whole[part]), part
     changed = [k for k, p in whole["model"].items() if not torch.equal(p, half["model"][k])]
     assert changed and all(p.isfinite().all() for p in whole["ema"].values())
 
 
-def test_a_variation_samples_and_is_refused_as_another(trained, tmp_path):
-    name, network, out, state = trained
-    pictures = {"samples.png", "curves.png"} if "Expert" in name else set()
-    assert {p.name for p in out.iterdir()} == {"checkpoint.pt", "merged.pt", "config.json",
-                                               "log.csv", *pictures}
-    _, losses, own = baselines.BASELINES[name]
+def test_a_variation_samples_and_is_refused_as_cms_network(trained, tmp_path):
+    name, _, out, state = trained
+    reported = {"merged.pt", "samples.png", "curves.png"} if "Expert" in name else set()
+    assert {p.name for p in out.iterdir()} == {"checkpoint.pt", "config.json", "log.csv",
+                                               *reported}
+    own = baselines.BASELINES[name].network
     path = str(out / "checkpoint.pt")
     sampling, _ = cm.parse(["--sample", path, "--num-images", "4", "--sample-steps", "2",
                             "--labels", "1", "9", "--guidance", "0.5", "--device", "cpu",
                             "--out", str(tmp_path / "images.npz")])
-    assert cm.generate(sampling, losses, own) == 0  # CBDM (LoRA)'s needs no other checkpoint
+    cm.generate(sampling, own)  # CBDM (LoRA)'s needs no other checkpoint
     images = np.load(tmp_path / "images.npz")
-    config, unet, counts = cm.load_trained(path, losses=losses, network=own)
+    config, unet, counts = cm.load_trained(path, network=own)
     assert same(dict(unet.state_dict()), dict(state["ema"])) and counts == state["counts"]
     seeds = [cm.hashed_seed("image", 0, i) for i in range(4)]
     y = torch.tensor([1, 9, 1, 9])
@@ -630,15 +628,9 @@ def test_a_variation_samples_and_is_refused_as_another(trained, tmp_path):
     expected = cm.to_uint8(expected).permute(0, 2, 3, 1).int().numpy()
     assert abs(images["arr_0"].astype(int) - expected).max() <= 1  # merged: rounded another way
     assert images["arr_1"].tolist() == y.tolist()
-    config, typed = options(name, out, "--steps", "12", "--resume")
-    for other in baselines.BASELINES.values():
-        if other[1:] != (losses, own):
-            with pytest.raises(ValueError, match="was trained with the"):
-                cm.train(config.resolved(), typed, other.losses, other.network)
-            with pytest.raises(ValueError, match="was trained with the"):
-                cm.generate(sampling, other.losses, other.network)
-    with pytest.raises(ValueError, match="was trained with the"):
-        cm.generate(sampling)
+    if own is not cm.make_unet:
+        with pytest.raises(ValueError, match="another network"):
+            cm.generate(sampling)
 
 
 def test_what_a_run_trains(trained, cbdm):
@@ -732,7 +724,7 @@ def test_lora_of_another_network_or_of_none_is_refused(cbdm, tmp_path):
             baselines.lora_of(cbdm)(configure(*flags), 10, 1)
     with pytest.raises(ValueError, match="can't be loaded"):
         baselines.lora_of(tmp_path / "none.pt")(configure("--no-cm"), 10, 1)
-    with pytest.raises(FloatingPointError, match="not finite at step 1"):
+    with pytest.raises(FloatingPointError, match="not finite between steps 0 and 2"):
         train("CBDM (LoRA)", tmp_path / "run", "--steps", "2")
 
 

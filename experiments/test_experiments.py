@@ -4,9 +4,7 @@ import functools
 import importlib
 import inspect
 import math
-import os
 import re
-import signal
 import sys
 import types
 from pathlib import Path
@@ -256,28 +254,36 @@ def test_fashion16_is_what_debians_files_make(tmp_path):
 
 def test_a_run_goes_on_and_says_where_it_ran_off(tmp_path, monkeypatch):
     from experiments import common
-    runs, end = [], 0
+    monkeypatch.setattr(cm, "report", lambda *_: None)
+    out, train, seen = tmp_path / "run", cm.train, []
+    out.mkdir()
+    (out / "log.csv").write_text("killed before there was a checkpoint")
+    monkeypatch.setattr(cm, "train", lambda *a, **more: (seen.append(more), train(*a, **more)))
+    for steps in ("2", "3", "3"):
+        assert common.run([*MINIATURE, "--steps", steps], out, network=cm.make_unet) == ""
+    assert seen == 2 * [{"network": cm.make_unet}]  # what is finished isn't touched
+    rows = common.read_rows(out / "log.csv")
+    assert rows["step"].tolist() == ["2", "3"]
+    draw, made = cm.draw_batch, [*MINIATURE, "--steps", "9"]
 
-    def train(config, typed):
-        runs.append((config.resume, config.steps, Path(config.out), "steps" in typed))
-        assert config.overwrite != config.resume  # killed before there was a checkpoint: again
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "checkpoint.pt").write_text("")
-        if isinstance(end, Exception):
-            raise end
-        return end
-    monkeypatch.setattr(cm, "train", train)
-    for steps in ("2", "3"):
-        assert common.run([*MINIATURE, "--steps", steps], tmp_path / "run") == ""
-    assert runs == [(False, 2, tmp_path / "run", True), (True, 3, tmp_path / "run", True)]
-    end = FloatingPointError("the loss is not finite at step 7; base loss in this batch: ...")
-    assert common.run(MINIATURE, tmp_path / "run") == "not finite at step 7"
-    end = 143
-    with pytest.raises(SystemExit) as stopped:
-        common.run(MINIATURE, tmp_path / "run")
-    assert stopped.value.code == 143
+    def runs_off(data, config, size, step, rank):
+        x0, *rest = draw(data, config, size, step, rank)
+        return (x0 + (math.inf if step == 6 else 0), *rest)
+
+    monkeypatch.setattr(cm, "draw_batch", runs_off)
+    for _ in range(2):  # again from its last good checkpoint
+        assert common.run(made, out) == "not finite between steps 4 and 6"
+    with pytest.raises(ValueError, match="--lr is 1.0"):
+        common.run([*made, "--lr", "1"], out)
     with pytest.raises(ValueError, match="--steps is 0"):
-        common.run(["--steps", "0"], tmp_path / "run")
+        common.run(["--steps", "0"], out)
+
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    del state["rows"]  # an earlier cm.py's
+    torch.save(state, out / "checkpoint.pt")
+    with pytest.raises(ValueError, match="begun by an earlier cm.py"):
+        common.run(made, out)
+    assert common.run([*MINIATURE, "--steps", str(state["step"])], out) == ""
 
 
 def test_paired_interval_against_scipy():
@@ -348,51 +354,25 @@ class Trained:
         return torch.cat([p.detach().flatten() for p in self.net.parameters()])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_training_stops_on_a_signal_and_goes_on_bit_for_bit(number, tmp_path, capsys):
-    whole = Trained(tmp_path / "whole.pt").train()
-    assert whole.seen == list(range(1, 21))
-
-    def stop(i):
-        if i == 9:
-            os.kill(os.getpid(), number)
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(SystemExit) as stopped:
-        Trained(tmp_path / "cut.pt", stop).train()
-    assert stopped.value.code == 128 + number
-    assert "stopped at step 9; the same command goes on" in capsys.readouterr().err
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
-    torch.rand(3)  # what was drawn in between doesn't matter
-    cut = Trained(tmp_path / "cut.pt").train()
-    assert cut.seen == list(range(10, 21)) and torch.equal(cut.weights(), whole.weights())
-    again = Trained(tmp_path / "cut.pt").train()  # nothing is left to do
-    assert again.seen == [] and torch.equal(again.weights(), whole.weights())
-    longer = Trained(tmp_path / "cut.pt").train(25)
-    assert longer.seen == list(range(21, 26))
-    assert torch.equal(longer.weights(), Trained(tmp_path / "25.pt").train(25).weights())
-    assert {p.name for p in tmp_path.iterdir()} == {"whole.pt", "cut.pt", "25.pt"}
-
-
-def test_training_stopped_at_its_last_step_is_finished_and_what_follows_is_not_begun(tmp_path):
-    def stop(i):
-        if i == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(SystemExit):
-        Trained(tmp_path / "new" / "c.pt", stop).train(7)
-    assert Trained(tmp_path / "new" / "c.pt").train(7).seen == []
-
-
-def test_training_killed_goes_on_from_its_last_checkpoint(tmp_path):
+def test_training_killed_goes_on_bit_for_bit(tmp_path):
     def die(i):
         if i == 14:
-            raise RuntimeError("as if killed")
+            raise KeyboardInterrupt
     whole = Trained(tmp_path / "whole.pt").train()
-    with pytest.raises(RuntimeError):
-        Trained(tmp_path / "cut.pt", die).train()
-    (tmp_path / ".cut.99.tmp.pt").write_text("half")
-    cut = Trained(tmp_path / "cut.pt").train()
+    assert whole.seen == list(range(1, 21))
+    cut_at = tmp_path / "new" / "cut.pt"
+    with pytest.raises(KeyboardInterrupt):
+        Trained(cut_at, die).train()
+    (cut_at.parent / ".cut.99.tmp.pt").write_text("half")
+    torch.rand(3)  # what was drawn in between doesn't matter
+    cut = Trained(cut_at).train()
     assert cut.seen == list(range(13, 21)) and torch.equal(cut.weights(), whole.weights())
-    assert not (tmp_path / ".cut.99.tmp.pt").exists()
+    again = Trained(cut_at).train()  # nothing is left to do
+    assert again.seen == [] and torch.equal(again.weights(), whole.weights())
+    longer = Trained(cut_at).train(25)
+    assert longer.seen == list(range(21, 26))
+    assert torch.equal(longer.weights(), Trained(tmp_path / "25.pt").train(25).weights())
+    assert [p.name for p in cut_at.parent.iterdir()] == ["cut.pt"]
     other = Trained(tmp_path / "other.pt").train(seed=1)
     assert not torch.equal(other.weights(), whole.weights())
 
@@ -569,7 +549,7 @@ def test_per_sample_gradients_have_dropout_masks_of_their_own_in_training():
 def test_gradients_part_of_ba_is_how_ba_moves():
     from experiments import gradients
     torch.manual_seed(0)
-    layer = cm.LowRankReserved(nn.Conv2d(4, 6, 3), 2).double()
+    layer = cm.LowRankReserved(nn.Conv2d(4, 6, 3), 18, 12, 2).double()
     layer.B.data.normal_()
     x = torch.randn(3, 4, 8, 8, dtype=torch.double)
     weight = torch.randn(3, 6, 6, 6, dtype=torch.double)
@@ -787,19 +767,24 @@ def test_divergence_trains_what_it_says_and_finds_when_it_runs_off(tmp_path, mon
     def run(flags, out):
         made[out.name] = cm.parse(flags)[0].resolved()
         out.mkdir()
-        (out / "log.csv").write_text("step,base,d_Few\n" + logs.get(out.name, "50,1,nan\n"))
-        return "not finite at step 260" if out.name in logs else ""
+        if logs.get(out.name) != "":
+            (out / "log.csv").write_text("step,base,d_Few\n" + logs.get(out.name, "50,1,nan\n"))
+        return "not finite between steps 250 and 300" if out.name in logs else ""
 
     monkeypatch.setattr(common, "run", run)
     name = "large-100-0.2-3e-3-inf-20"
     logs[name] = "50,1,0.1\n100,0.4,nan\n150,0.2,0.11\n200,0.39,0.3\n250,0.41,9\n"
+    at_once = "small-100-1-3e-3-inf-21"
+    logs[at_once] = ""  # there was no row yet
     rows = {}
     for key in divergence.keys([20, 21]):
         row = divergence.measure(key, tmp_path, ["--steps", "300"])
         rows[divergence.directory(key, tmp_path).name] = row
     assert len(rows) == len(made) == 2 * (2 * 2 * 2 * 2 + 2 * 2)
     assert [rows[name][k] for k in ("d above 0.1", "base doubled", "d Few", "base", "end")] == [
-        150, 250, 9, 0.41, "not finite at step 260"]
+        150, 250, 9, 0.41, "not finite between steps 250 and 300"]
+    assert [rows[at_once].get(k) for k in ("d above 0.1", "base doubled", "d Few", "end")] == [
+        "", "", None, "not finite between steps 250 and 300"]
     other = rows[name.replace("inf", "0.1")]
     assert (other["d above 0.1"], other["base doubled"], other["end"]) == ("", "", "finished")
     config = made[name]
@@ -816,7 +801,7 @@ def test_divergence_table_by_hand():
     rows = [key | {"seed": 20, "d above 0.1": 1150, "base doubled": "", "d Few": 0.75,
                    "base": 0.0612, "end": "finished"},
             key | {"seed": 21, "d above 0.1": 50, "base doubled": 1550, "d Few": 1e6, "base": 0.82,
-                   "end": "not finite at step 1600"},
+                   "end": "not finite between steps 1550 and 1600"},
             key | {"margin": "0.1", "seed": 20, "d above 0.1": "", "base doubled": "",
                    "d Few": 0.1, "base": 0.06, "end": "finished"}]
     text = divergence.table(common.numbers(common.text(rows), divergence.WORDS))
@@ -824,7 +809,8 @@ def test_divergence_table_by_hand():
     curvature = 1 + 10 * n[-1] / n.sum() - 0.2 * 10 / (n[-1] * (1 / n).sum())
     first, second = shown_cells(text)[0][2:]
     assert first == ["small", "600", "0.2", f"{curvature:.2f}", "3e-3", "inf", "2", "1,150, 50",
-                     "never, 1,550", "0.75, 1e+06", "0.061, 0.82", "not finite at step 1600"]
+                     "never, 1,550", "0.75, 1e+06", "0.061, 0.82",
+                     "not finite between steps 1550 and 1600"]
     assert second[5:9] == ["0.1", "1", "never", "never"] and second[-1] == ""
 
 

@@ -3,7 +3,6 @@ diffusers and transformers."""
 
 import copy
 import json
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,7 +50,8 @@ def plain_unet():
     (nn.Linear(6, 7), torch.randn(5, 6)), (nn.Linear(6, 7, bias=False), torch.randn(2, 3, 6)),
     (nn.Conv2d(6, 8, 3, 2, 1, groups=2, padding_mode="circular"), torch.randn(2, 6, 9, 9))])
 def test_a_layer_sums_the_outputs_of_its_three_weights(layer, x):
-    net = randomised(nn.Sequential(ft.Reserved(ft.LoRA(copy.deepcopy(layer), 3), 2)))
+    d, k, _ = cm.matrix_and_rank(layer, 1)
+    net = randomised(nn.Sequential(ft.Reserved(ft.LoRA(copy.deepcopy(layer), d, k, 3), d, k, 2)))
     reserved = net[0]
     lora = reserved.layer
     layer = lora.layer  # W_f, randomised
@@ -239,7 +239,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
         update(loss, *rest))[2])
     monkeypatch.setattr(cm, "sample", lambda net, y, *how: (
         sampled.append((y.tolist(), *how)), sample(net, y, *how))[1])
-    for name, kills in (("whole", ()), ("stopped", (1, 9))):  # 1: pre-training; 9: CM's second step
+    for name, kills in (("whole", ()), ("stopped", (2, 10))):  # in pre-training; CM's second step
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         if kills:  # and once more, before there was a checkpoint
@@ -250,7 +250,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
                 patch.setattr(cm, "update", kills_at(call, update))
                 with pytest.raises(SystemExit) as stopped:
                     ft.main(ARGS)
-            assert stopped.value.code == 128 + signal.SIGTERM
+            assert stopped.value.code == 130
         assert Path("rows.csv").is_file() == (name == "stopped")
         capsys.readouterr()
         assert ft.main(ARGS) == 0
@@ -292,7 +292,7 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
     assert ft.main(ARGS) == 0 and capsys.readouterr().out == out
     for other, says in (("--lr 1", "other options"), ("--num-images 200", "other options"),
                         ("--ranks 5 2", "other options"), ("--seeds 6 --lr 1", "other options"),
-                        ("--rows new.csv --pretrain-steps 1", "is at step 2 already"),
+                        ("--rows new.csv --pretrain-steps 1", "--steps is 1; it must be at least"),
                         ("--rows new.csv --lr 1", "lora-5.pt is no checkpoint to go on from"),
                         ("--seeds 5 5", "different numbers"), ("--rows .", "directory")):
         with pytest.raises(SystemExit) as stopped:
@@ -437,7 +437,7 @@ def test_a_tiny_pipeline_is_tuned_sampled_and_loaded_again(
         patch.setattr(cm, "update", kills_at(5, cm.update))  # CM's first step
         with pytest.raises(SystemExit) as stopped:
             run("--steps 2 --guidance 0.5 --lr 0.01", pipeline)
-    assert stopped.value.code == 128 + signal.SIGTERM
+    assert stopped.value.code == 130
     assert run("--steps 2 --guidance 0.5 --lr 0.01", pipeline) == 0
     out = capsys.readouterr().out
     directory = Path("runs/tiny")

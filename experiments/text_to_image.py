@@ -263,6 +263,7 @@ def table(rows):
                         common.markdown(differences)])
 
 
+@common.interruptible
 def main(argv=None):
     parser = common.parser("text_to_image", __doc__, seeds=(10, 11, 12))
     for name, default, text in (("n-max", 1000, "images in the largest class"),

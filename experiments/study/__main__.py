@@ -17,6 +17,7 @@ from experiments import common
 from experiments.study import study, tables
 
 
+@common.interruptible
 def main(argv=None):
     parser = common.parser("study", __doc__)
     parser.set_defaults(rows=Path(__file__).with_name("rows.csv"))
@@ -31,9 +32,8 @@ def main(argv=None):
         cm.check(args.jobs >= 1, "jobs", args.jobs, "at least 1")
         if args.table and flags:
             raise ValueError(f"{flags[0]} has no meaning beside --table")
-        if not args.table and study.study(args.stage, args.rows, args.runs, flags, args.jobs,
-                                          args.num_images):
-            return 1  # stopped
+        if not args.table:
+            study.study(args.stage, args.rows, args.runs, flags, args.jobs, args.num_images)
         rows = common.numbers(common.read_table(args.rows, study.KEY), study.WORDS)
         print(tables.everything(rows))
         tables.draw(rows, args.assets)

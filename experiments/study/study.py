@@ -6,7 +6,9 @@ import functools
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
+import threading
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import cm
 import fid
@@ -102,33 +105,44 @@ WORDS = ("setting", "arm", "network", "status", "device", "options", "commit",
 
 
 def measure(run, points, flags, runs, num_images, commit):
-    """Train, sample and score a run: a row for each of `points`; None where a signal stopped it.
+    """Train, sample and score a run: a row for each of `points`.
 
     In a process of its own; what it prints goes to the run's directory."""
     directory = runs / re.sub(r"\W+", "-", f"{run.setting}-{run.arm}-{run.seed}")
     directory.mkdir(parents=True, exist_ok=True)
-    with (open(directory / "lock", "w") as lock,
-          open(directory / "output.txt", "a", buffering=1) as output,
+    tqdm.set_lock(threading.RLock())  # its own has a semaphore, which a killed process leaks
+    with (locked(directory / "lock"), open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed study may have left this run's process behind
-        try:
-            status = common.run(options_of(run, flags), directory / "run", **made_of(run))
-        except SystemExit:  # a signal
-            return None
+        status = common.run(options_of(run, flags), directory / "run",
+                            losses=baselines.counted(ARMS[run.arm].losses),
+                            network=network_of(run))
         device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
                   f"CPU, {torch.get_num_threads()} thread")
         row = run._asdict() | dict(status=status or "finished", device=device, commit=commit,
                                    options=recorded(run, flags, num_images))
         if status:
             return [row | point._asdict() for point in points]
-        files = {point: sample(run, point, directory, num_images) for point in points}
-        return score(run, row, files, directory, runs / "references")
+        files, off = {}, []
+        for point in points:
+            try:
+                files[point] = sample(run, point, directory, num_images)
+            except FloatingPointError:
+                off.append(row | point._asdict() | {"status": "images not finite"})
+        return score(run, row, files, directory, runs / "references") + off
 
 
-def made_of(run):
-    """What `cm.train` and `cm.generate` take besides options."""
-    _, losses, network = ARMS[run.arm]
-    return dict(losses=baselines.counted(losses), network=baselines.with_tally(network))
+@contextlib.contextmanager
+def locked(path):
+    """Inside, no other process is: a killed study may have left a run's process behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def network_of(run):
+    """A run's network, for `cm.train`, `cm.generate` and `cm.load_trained`."""
+    return baselines.with_tally(ARMS[run.arm].network)
 
 
 def options_of(run, flags):
@@ -155,14 +169,14 @@ def sample(run, point, directory, num_images):
                 "--num-images", str(num_images), "--seed", str(run.seed),
                 "--guidance", str(point.guidance)]
         config, _ = cm.parse(argv + ["--general-only"] * (point.network == "θ_g"))
-        cm.generate(config, **made_of(run))
+        cm.generate(config, network_of(run))
     return path
 
 
 def score(run, row, files, directory, cache):
     """A row for each of the samples `files`, {Point: path}: `row` and all that is measured."""
     checkpoint = directory / "run" / "checkpoint.pt"
-    config, ema, counts = cm.load_trained(checkpoint, **made_of(run))
+    config, ema, counts = cm.load_trained(checkpoint, network=network_of(run))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data, splits = cm.Data(config, device), cm.splits(counts)
     few = torch.as_tensor(splits["Few"], device=device)
@@ -248,7 +262,7 @@ def missing_points(stages, rows):
 
 
 def study(names, path, runs, flags, jobs, num_images):
-    """Run what has no row yet, `jobs` at a time; was a run stopped? Raises ValueError."""
+    """Run what has no row yet, `jobs` at a time. Raises ValueError on bad options."""
     stages = [make_stages()[name] for name in names]
     cm.parse(options_of(Run("large", "CM", 0), flags))[0].resolved()  # for its checks
     rows = common.read_rows(path)
@@ -263,22 +277,22 @@ def study(names, path, runs, flags, jobs, num_images):
         os.environ["OMP_NUM_THREADS"] = "1"  # results repeat only with the same number of threads
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    stopped, spawn = False, multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
-        tasks = [pool.submit(measure, run, points, flags, runs, num_images, commit)
-                 for run, points in missing]
         try:
+            # Ctrl-C reaches every process here, but is this one's: those begun now inherit the mask
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            tasks = [pool.submit(measure, run, points, flags, runs, num_images, commit)
+                     for run, points in missing]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             for task in as_completed(tasks):
                 new = task.result()
-                stopped |= not new
-                if new:
-                    with open(path.with_suffix(".lock"), "w") as lock:
-                        fcntl.flock(lock, fcntl.LOCK_EX)  # another study may write there
-                        rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
-                        common.write_rows(path, rows)
-                    print(time.strftime("%H:%M"), *(new[0][name] for name in (*KEY[:3], "status")),
-                          f"FD Few {new[0].get('FD Few', np.nan):.4g}", flush=True)
+                with locked(path.with_suffix(".lock")):
+                    rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
+                    common.write_rows(path, rows)
+                print(time.strftime("%H:%M"), *(new[0][name] for name in (*KEY[:3], "status")),
+                      f"FD Few {new[0].get('FD Few', np.nan):.4g}", flush=True)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # they go on from their checkpoints
+                process.terminate()
             raise
-    return stopped

@@ -2,7 +2,11 @@
 
 import functools
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
@@ -104,11 +108,11 @@ def test_the_fuses_share_on_hand_made_distances(margin, fuse):
 
 
 def test_counting_changes_no_training(tmp_path):
-    states, flags = [], study.options_of(study.Run("large", "CM", 3), MINIATURE)
-    for kind in ({}, study.made_of(study.Run("large", "CM", 3))):
-        out = tmp_path / str(len(states))
-        common.run(flags, out, **kind)
-        states.append(torch.load(out / "checkpoint.pt", weights_only=True))
+    run = study.Run("large", "CM", 3)
+    common.run(study.options_of(run, MINIATURE), tmp_path / "plain" / "run")
+    study.train(run, MINIATURE, tmp_path / "counted")
+    states = [torch.load(tmp_path / name / "run" / "checkpoint.pt", weights_only=True)
+              for name in ("plain", "counted")]
     tally = states[1]["model"].pop("tally")
     assert tally[..., 0].sum() == 80 and tally[:, 5:, 1].sum() > 0
     assert all(torch.equal(p, states[0]["model"][k]) for k, p in states[1]["model"].items())
@@ -308,7 +312,10 @@ class InThisProcess(Executor):
 
     def submit(self, function, *args):
         future = Future()
-        future.set_result(function(*args))
+        try:
+            future.set_result(function(*args))
+        except BaseException as e:
+            future.set_exception(e)
         return future
 
 
@@ -332,7 +339,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
-    # killed where a signal can't be caught: the next call goes on from the checkpoint
+    # killed: the next call goes on from the checkpoint
     writes = []
     def killed(path, write, write_atomically=cm.write_atomically):
         writes.append(path)
@@ -381,8 +388,8 @@ def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     for name, more in (("θ-g0", ["--guidance", "0"]), ("θ-g1.5", []),
                        ("θ_g-g0", ["--guidance", "0", "--general-only"])):
         name = f"40-samples-{name}.npz"
-        assert cm.main(["--sample", str(out / "checkpoint.pt"), "--num-images", "40", "--seed",
-                        "20", "--out", str(tmp_path / name), *more]) == 0
+        cm.main(["--sample", str(out / "checkpoint.pt"), "--num-images", "40", "--seed", "20",
+                 "--out", str(tmp_path / name), *more])
         one, other = np.load(tmp_path / name), np.load(ours / name)
         assert all((one[k] == other[k]).all() for k in other)
     row = rows[(rows["arm"] == "CM") & (rows["guidance"] == "0") & (rows["network"] == "θ")].iloc[0]
@@ -391,25 +398,69 @@ def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
 
 def test_a_stopped_run_has_no_row_and_one_that_ran_off_says_so(tiny, tmp_path, capsys, monkeypatch):
     def stopped(*args, **kwargs):
-        raise SystemExit(143)
+        raise KeyboardInterrupt
 
     common.write_rows(tmp_path / "rows.csv", common.text([
         dict(setting="large", arm="RS", seed=20, network="θ", guidance=0.0, options=study.recorded(
             study.Run("large", "RS", 20), MINIATURE, 40)) | dict.fromkeys(tables.MEASURES, 1.0)]))
     with monkeypatch.context() as here:
         here.setattr(common, "run", stopped)
-        assert tiny("--stage", "a") == 1
+        with pytest.raises(SystemExit) as ended:
+            tiny("--stage", "a")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on\n"
     assert len(common.read_rows(tmp_path / "rows.csv")) == 1
-    monkeypatch.setattr(common, "run", lambda *args, **kwargs: "not finite at step 7")
+    off = "not finite between steps 5 and 10"
+    monkeypatch.setattr(common, "run", lambda *args, **kwargs: off)
     assert tiny("--stage", "a") == 0
     rows = common.read_rows(tmp_path / "rows.csv")
-    assert rows["status"].tolist() == ["", *["not finite at step 7"] * 3]
+    assert rows["status"].tolist() == ["", *[off] * 3]
     assert set(rows["FD Few"]) == {"1", ""}
 
     with pytest.raises(SystemExit):
         tiny("--stage", "a", "--lr", "1")
     err = capsys.readouterr().err.splitlines()[-1]
     assert "made with other options than" in err and "--lr 1 " in err
+
+
+def test_samples_that_arent_finite_are_a_row_beside_those_that_are(tmp_path, monkeypatch):
+    def sample(run, point, *rest):
+        if point.guidance:
+            raise FloatingPointError("images aren't finite")
+        return "x.npz"
+
+    monkeypatch.setattr(study, "train", lambda *_: "")
+    monkeypatch.setattr(study, "sample", sample)
+    monkeypatch.setattr(study, "score", lambda run, row, files, *_: [
+        row | point._asdict() for point in files])
+    points = [study.Point("θ", 1.5), study.Point("θ", 0.0)]
+    rows = study.measure(study.Run("large", "no fuse", 20), points, MINIATURE, tmp_path, 40, "")
+    assert [(row["guidance"], row["status"]) for row in rows] == [
+        (0.0, "finished"), (1.5, "images not finite")]
+    assert all(row["arm"] == "no fuse" and row["network"] == "θ" for row in rows)
+
+
+@pytest.mark.parametrize("began", ["", "runs/*/run/checkpoint.pt"])
+def test_ctrl_c_ends_all_processes_in_one_line(began, tmp_path):
+    """It goes to the whole group, as from a terminal, while processes import and while they train.
+    """
+    argv = [sys.executable, "-m", "experiments.study", "--stage", "question", "--jobs", "2",
+            "--runs", str(tmp_path / "runs"), "--rows", str(tmp_path / "rows.csv"), *MINIATURE,
+            "--steps", "100000"]
+    process = subprocess.Popen(argv, cwd=Path(cm.__file__).parent, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "0 rows are there" in process.stdout.readline()
+        time.sleep(1)
+        while began and not list(tmp_path.glob(began)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)  # until the last process has closed them
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and err == "interrupted; the same command goes on\n"
 
 
 def test_of_an_option_given_twice_the_last_is_recorded():
