@@ -1869,6 +1869,21 @@ def test_what_processes_cannot_share_is_refused(
     assert done.returncode == 2 and says in done.stderr and not list(tmp_path.iterdir())
 
 
+def test_the_paper_preset_is_the_authors_configuration():
+    """Of their CIFAR-100 run (Feng-Hong/ImbDiff-CM, commit 04262d7), where we don't differ."""
+    c = cm.Config(dataset="cifar100", ir=100.0).resolved()
+    expected = dict(base="oc", w_con=1.0, w_div=0.2, lam=1.0, rank_ratio=0.1, same_masks=False,
+                    channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
+                    image_size=32, batch_size=64, steps=300_000, lr=2e-4, warmup=5000, ema=0.9999,
+                    label_drop=0.1, flip=True, guidance=1.5, sampler="ddim", num_images=50_000)
+    assert {name: getattr(c, name) for name in expected} == expected
+    small = cm.Config().resolved()
+    ours = ("base", "image_size", "channels", "multipliers", "blocks", "attention", "batch_size",
+            "steps", "lr", "warmup", "flip")
+    assert all(getattr(small, name) == value for name, value in expected.items()
+               if name not in ours)
+
+
 def test_help_shows_every_option_with_its_default():
     done = command("--help")
     text = " ".join(done.stdout.split())
