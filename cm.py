@@ -1637,12 +1637,17 @@ def spell(value):
 def check_used(config, typed):
     """Raises ValueError where an option was typed that the command ignores."""
     sampling = {f.name for f in dataclasses.fields(config) if f.metadata["group"] == "sampling"}
-    shared = {"seed", "amp", "device", "out", "overwrite"}
-    for name in sorted(typed - sampling - shared if config.sample else typed & sampling):
+    shared, sample = {"seed", "amp", "device", "out", "overwrite"}, config.sample is not None
+    ignored = typed - sampling - shared if sample else typed & sampling
+    for name in sorted(ignored):
         raise ValueError(f"--{name.replace('_', '-')} has no meaning "
-                         f"{'with' if config.sample else 'without'} --sample")
-    if config.sample and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                         f"{'with' if sample else 'without'} --sample")
+    of_cm = {"rank_ratio", "lam", "w_con", "w_div", "div_margin", "same_masks"}
+    for name in sorted(typed & of_cm if config.no_cm else ()):
+        raise ValueError(f"--{name.replace('_', '-')} has no meaning with --no-cm")
+    if sample and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--sample is one process's work; type python instead of torchrun")
+    check(config.out != "", "out", "empty", "a name")
 
 
 def fail(message):
@@ -1658,7 +1663,7 @@ def main(argv=None):
     config, typed = parse(argv)
     try:
         check_used(config, typed)
-        if config.sample:
+        if config.sample is not None:
             config.resolved()  # for its checks
             generate(config)
         else:

@@ -264,12 +264,12 @@ def read_npz(path):
             ("arr_0", lambda x: x.ndim != 3, f"{image} x[..., None] adds a channel"),
             ("arr_0", lambda x: x.shape[3:] != (4,), f"{image} x[..., :3] drops transparency"),
             ("arr_0", lambda x: x.shape[3:] in ((1,), (3,)), f"{image} x.transpose(0, 2, 3, 1)?"),
-            ("arr_0", lambda x: x.dtype == np.uint8, f"{image} np.rint(255 * x), if in [0, 1]"),
+            ("arr_0", lambda x: x.dtype == np.uint8, f"{image} np.rint(255 * x).astype(np.uint8)"),
             ("arr_1", whole, "[N] classes from 0 on: one-hot labels need .argmax(1)"),
             ("arr_1", lambda y: len(y) == len(arrays.get("arr_0", y)), "one label an image"),
             ("counts", whole, "[C] numbers of training images"),
-            ("mu", lambda x: x.shape == (2048,), "[2048], the mean of Inception's features"),
-            ("sigma", lambda x: x.shape == (2048, 2048), "[2048, 2048], their covariance")):
+            ("mu", lambda x: x.shape == (2048,) and "sigma" in arrays, "[2048], beside sigma"),
+            ("sigma", lambda x: x.shape == (2048, 2048) and "mu" in arrays, "[2048, 2048] and mu")):
         if name in arrays and not fits(x := arrays[name]):
             raise ValueError(f"{path}: {name} is {x.dtype} {list(x.shape)}; it must be {must}")
     return arrays

@@ -1807,7 +1807,10 @@ BAD = {  # arguments: what the line must say; {d} is what `bad` makes, {r} a che
     "--sample {r} --out {d}/none/s.npz": "in a directory that exists",
     "--sample {r} --out {d}/s.png": "a name that ends in .npz",
     "--sample {r} --steps 5": "--steps has no meaning with --sample",
-    "--guidance 2": "--guidance has no meaning without --sample"}
+    "--guidance 2": "--guidance has no meaning without --sample",
+    "--no-cm --w-div 1": "--w-div has no meaning with --no-cm",
+    "--sample=": "can't be loaded",
+    "--out=": "--out is empty"}
 
 
 @pytest.fixture(scope="module")
@@ -2436,6 +2439,7 @@ BAD_FID = {
     "sizes": ("mixed", "mixed/b.png is 16 x 16, others are 8 x 8"),
     "bomb": ("bomb", "bomb/b.png can't be read as an image .*decompression bomb"),
     "plain": ("good.npz --reference plain.npz", "needs real images with labels"),
+    "mu alone": ({"mu": np.zeros(2048)}, "mu is float64 [2048]; it must be [2048], beside sigma"),
     "no labels": ("good.npz --reference s.npz", "needs real images with labels"),
     "both": ("good.npz --dataset cifar10 --reference plain.npz", "not allowed with"),
     "neither": ("good.npz --features inception", "--dataset --reference is required"),
