@@ -127,7 +127,7 @@ def draw(panels, y, d, path):
             axes[place].set(title=title, xlim=(-3.3, 3.3), ylim=(-3.3, 3.3), xticks=[], yticks=[],
                             aspect="equal")
             if c in cm.splits(COUNTS)["Few"]:
-                axes[place].annotate(name, 1.5 * PLACES[c], ha="center", va="center")
+                axes[place].annotate(name, 1.5 * PLACES[c], ha="center", backgroundcolor="#fffb")
         means = [float(d[i:i + 100][y[i:i + 100] == c].mean()) for i in range(0, STEPS, 100)]
         axes["d"].plot(range(0, STEPS, 100), means, color=colour, label=f"{name} ({COUNTS[c]})")
     axes["d"].set(ylabel="d = ‖ε_θ − ε_θg‖²", xlabel="step", yscale="log")
