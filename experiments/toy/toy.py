@@ -124,10 +124,10 @@ def draw(panels, y, d, path):
         colour = matplotlib.colormaps["turbo"](0.05 + 0.9 * c / (len(CURVES) - 1))
         for place, (title, points) in zip("0123", panels.items(), strict=True):
             axes[place].plot(*points[c].T, ".", ms=2, color=colour)
-            axes[place].set(title=title, xlim=(-3.3, 3.3), ylim=(-3.3, 3.3), xticks=[], yticks=[],
+            axes[place].set(title=title, xlim=(-4, 4), ylim=(-4, 4), xticks=[], yticks=[],
                             aspect="equal")
             if c in cm.splits(COUNTS)["Few"]:
-                axes[place].annotate(name, 1.5 * PLACES[c], ha="center", backgroundcolor="#fffb")
+                axes[place].annotate(name, 1.95 * PLACES[c], ha="center", va="center")
         means = [float(d[i:i + 100][y[i:i + 100] == c].mean()) for i in range(0, STEPS, 100)]
         axes["d"].plot(range(0, STEPS, 100), means, color=colour, label=f"{name} ({COUNTS[c]})")
     axes["d"].set(ylabel="d = ‖ε_θ − ε_θg‖²", xlabel="step", yscale="log")
