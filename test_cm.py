@@ -1369,7 +1369,7 @@ def same_run(a, b):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An uninterrupted run of 40 steps on fashion16, and what it printed."""
-    out = tmp_path_factory.mktemp("run") / "fashion16"
+    out = tmp_path_factory.mktemp("run") / "runs" / "fashion16"
     done = process(f"--steps 40 {TINY_FLAGS} --out {out}")
     assert done.returncode == 0, done.stderr
     return out, done.stdout
