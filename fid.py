@@ -3,7 +3,7 @@
     python fid.py SAMPLES.npz --dataset cifar10       # against the *balanced* set (Sec. 4.1)
     python fid.py SAMPLES.npz --dataset fashion16 --features classifier
     python fid.py SAMPLES.npz --reference REAL.npz    # images, or statistics (mu, sigma)
-    python fid.py FOLDER --reference FOLDER           # any images; class folders give labels
+    python fid.py FOLDER --reference FOLDER           # any images: the overall row
 
 SAMPLES is an .npz as `cm.py --sample` writes it (arr_0 uint8 [N, H, W, C], arr_1 labels, counts) or
 a folder. The metrics are functions of features on any device: frechet_distance(real, generated).
@@ -64,7 +64,7 @@ def frechet_distance(a, b):
     distance += a.norm() ** 2 + b.norm() ** 2
     if min(len(a), len(b)) > a.shape[1]:
         cov_a, cov_b = (product(x.T, x.T).cpu().numpy() for x in (a, b))
-        with contextlib.suppress(np.linalg.LinAlgError):  # S_b has no such L
+        with contextlib.suppress(np.linalg.LinAlgError):  # S_b has lost rank
             squares = scipy.linalg.eigvalsh(cov_a, cov_b, type=2, driver="gv", check_finite=False)
             if squares[0] > 1e-13 * np.trace(cov_a) * np.trace(cov_b):
                 return max(0.0, float(distance - 2 * np.sqrt(squares).sum()))
@@ -463,7 +463,7 @@ def show(result):
     if any("*" in cells[1] for cells in table):
         print("* fewer than the paper's 50,000, or a split's 20,000: distances are biased upwards")
     if any(c in row and f"{c} std" not in row for row in rows.values() for c in ("KID", "KD")):
-        print("no ±: one of the sets has at most 1,000 images, and every subset is all of them")
+        print("no ±: one of the sets has at most 1,000 images, and every subset is all of it")
     for note in settings["notes"]:
         print(note)
 

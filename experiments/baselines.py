@@ -86,6 +86,17 @@ def with_tally(network):
     return made
 
 
+def above_fuse(tally, splits):
+    """Of the samples with w < 0 the share above the fuse, from the tally [10, C, 3]: of the whole
+    training, and for each split a text with that of each tenth; nan where none was drawn."""
+    negative, above = tally[..., 1].double(), tally[..., 2].double()
+    row = {"above fuse": float(above.sum() / negative.sum())}
+    for split, classes in splits.items():
+        shares = above[:, classes].sum(1) / negative[:, classes].sum(1)
+        row[f"above fuse {split}"] = " ".join(f"{share:.3g}" for share in shares)
+    return row
+
+
 # ------------------------------------------------------------------------------------------------
 # Overlap (Tab. G.12)
 

@@ -1,9 +1,9 @@
-"""A frequent class above the rare ones from the same noise: real, plain DDPM, CM, CM's θ_g; with
-the guidance of cm.py's samples, 1.5.
+"""The README's pictures that no run of cm.py draws.
 
+    python -m experiments.picture                 # assets/weights.png: the weights by class
     python cm.py --steps 6000 --no-cm --out runs/plain
     python cm.py --steps 6000 --out runs/cm
-    python -m experiments.picture runs/plain/checkpoint.pt runs/cm/checkpoint.pt  # assets/rare.png
+    python -m experiments.picture runs/plain/checkpoint.pt runs/cm/checkpoint.pt  # rare.png
 """
 
 import argparse
@@ -11,13 +11,40 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 import cm
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
+
+def draw_weights(path, ir=100, lam=1.0):
+    """omega_con and omega_div of ten classes over their counts; w as released and as printed."""
+    counts = cm.class_counts(1000, ir, 10)
+    omega_con, omega_div = cm.class_weights(counts)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(counts, omega_con, "o-", label="ω_Con")
+    left.plot(counts, omega_div, "s-", label="ω_Div")
+    for w_div, name in ((0.2, "w_div 0.2, as released"), (1.0, "w_div 1, as printed")):
+        right.plot(counts, cm.capacity_weights(counts, w_div=w_div), "o-", label=name)
+    right.axhline(-1 / lam, color="k", ls=":", label="−1/λ")
+    right.axhline(0, color="k", lw=0.8)
+    left.set(ylabel="weight")
+    right.set(ylabel="w = ω_Con − w_div ω_Div")
+    for axis in (left, right):
+        axis.set(xscale="log", xlabel="images in the class")
+        axis.invert_xaxis()  # from the most frequent class to the rarest, as in the tables
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    cm.write_atomically(path, lambda p: figure.savefig(p, dpi=130))
+
+
 def draw(plain_checkpoint, cm_checkpoint, path, columns=8):
-    """Write the picture. Raises ValueError unless the runs are of one data set, one with CM."""
+    """A frequent class above the rare ones from the same noise: real, plain DDPM, CM, CM's theta_g;
+    guided as cm.py's samples.
+
+    Raises ValueError unless the runs are of one data set, one with CM."""
     plain_config, plain, plain_counts = cm.load_trained(plain_checkpoint)
     config, unet, counts = cm.load_trained(cm_checkpoint)
     if config.no_cm or not plain_config.no_cm:
@@ -44,12 +71,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="picture", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = cm.fail
-    parser.add_argument("plain", type=Path, help="checkpoint.pt of a run with --no-cm")
-    parser.add_argument("cm", type=Path, help="checkpoint.pt of the same run with CM")
-    parser.add_argument("--out", type=Path, default=ASSETS / "rare.png")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="CHECKPOINT",
+                        help="of a run with --no-cm, then of the same run with CM")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="where pictures go")
     args = parser.parse_args(argv)
     try:
-        draw(args.plain, args.cm, args.out)
+        if len(args.runs) not in (0, 2):
+            raise ValueError(f"{len(args.runs)} checkpoint given; type two, or none")
+        if args.runs:
+            draw(*args.runs, args.assets / "rare.png")
+        else:
+            draw_weights(args.assets / "weights.png")
         return 0
     except (ValueError, OSError) as e:
         cm.fail(e)

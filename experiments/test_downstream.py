@@ -321,7 +321,7 @@ def test_the_verdict(generated, answer, says):
     ("--samples ../wide.npz", "uint8 [N, 8, 8, 1]"),
     ("--samples ../eleven.npz", "labels from 0 to 9"), ("--sampler ddpm", "invalid choice"),
     ("--seeds 5 5", "different numbers"), ("--table", "has no rows"),
-    ("--dataset folder --data none", "directory: 'none'")])
+    ("--dataset folder --data none", "No such file or directory")])
 def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     labels = np.arange(TOTAL) % 10

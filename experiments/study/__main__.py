@@ -5,14 +5,12 @@
     python -m experiments.study --table              # verdicts, tables and pictures of the rows
 
 Options that aren't its own go to every run of cm.py. A killed run goes on from its last checkpoint;
-what has its row is never run again. README.md beside this file says what the columns of a row are.
+what has its row is never run again. README.md beside this file says what a row is.
 """
 
 import os
 import sys
 from pathlib import Path
-
-import torch
 
 import cm
 from experiments import common
@@ -24,9 +22,8 @@ def main(argv=None):
     parser = common.parser("study", __doc__)
     parser.set_defaults(rows=Path(__file__).with_name("rows.csv"))
     stages = list(study.make_stages())
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     parser.add_argument("--stage", choices=stages, nargs="+", default=stages)
-    parser.add_argument("--jobs", type=int, default=cores, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"),
                         help="where run directories lie; outside the work tree they outlive it")
     parser.add_argument("--num-images", type=int, default=2500, help="generated images a row")

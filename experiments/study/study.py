@@ -1,8 +1,4 @@
-"""The study's arms, settings, stages and claims, fixed before the runs; a run; all runs.
-
-A run (setting, arm, seed) has a process of its own, on a CPU of one thread, and a directory of its
-own. It goes one way: `train`, `sample`, `score`, a row for each network and guidance.
-"""
+"""The study's arms, settings, stages and claims, fixed before the runs; a run; all runs."""
 
 import contextlib
 import fcntl
@@ -14,9 +10,9 @@ import signal
 import subprocess
 import threading
 import time
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +23,6 @@ import cm
 import fid
 from experiments import baselines, common
 from experiments.baselines import BASELINES, Variation
-
-HERE = Path(__file__).parent
 
 # ------------------------------------------------------------------------------------------------
 # What is compared: fixed before the runs
@@ -73,27 +67,9 @@ PAPER = {
 ARMS = QUESTION | BALANCE | PARTS | PAPER
 
 
-class Run(NamedTuple):
-    """One training."""
-
-    setting: str
-    arm: str
-    seed: int
-
-
-class Point(NamedTuple):
-    """How a run is sampled: network θ, or θ_g without BA."""
-
-    network: str
-    guidance: float
-
-
-class Stage(NamedTuple):
-    """Runs of a setting; points: {arm: [Point]}."""
-
-    setting: str
-    seeds: range
-    points: dict
+Run = namedtuple("Run", "setting arm seed")  # one training
+Point = namedtuple("Point", "network guidance")  # how it is sampled: θ, or θ_g without BA
+Stage = namedtuple("Stage", "setting seeds points")  # points: {arm: [Point]}
 
 
 def make_stages():
@@ -101,26 +77,18 @@ def make_stages():
     both = [Point("θ", 0.0), Point("θ", 1.5)]
     more = [Point("θ", guidance) for guidance in (0.5, 1.0, 3.0)]
     general = [Point("θ_g", 0.0), Point("θ_g", 1.5)]
-    four = [arm for arm in QUESTION if arm != "DDPM, two passes"]
     return {
         "question": Stage("large", range(20, 30), dict.fromkeys(QUESTION, both)),
         "balance": Stage("large", range(20, 25), dict.fromkeys(BALANCE, both)),
         "parts": Stage("large", range(20, 25), dict.fromkeys(PARTS, both)),
         "paper": Stage("large", range(20, 23), dict.fromkeys(PAPER, both)),
         "guidance": Stage("large", range(20, 30), {"DDPM": more, "CM": general + more}),
-        "small": Stage("small", range(20, 25), dict.fromkeys([*four, "RS", "CM with RS"], both))}
+        "small": Stage("small", range(20, 25), dict.fromkeys(
+            ("DDPM", "CM", "agreement alone", "capacity alone", "RS", "CM with RS"), both))}
 
 
-class Claim(NamedTuple):
-    """FD Few of `ours` is below that of `theirs`, or, where not `below`, differs from it."""
-
-    ours: str
-    theirs: str
-    setting: str = "large"
-    guidance: float = 0.0
-    below: bool = True
-
-
+# FD Few of `ours` is below that of `theirs` or, where not `below`, differs from it
+Claim = namedtuple("Claim", "ours theirs setting guidance below", defaults=("large", 0.0, True))
 PRIMARY = {1: Claim("CM", "DDPM"), 2: Claim("agreement alone", "DDPM"),
            3: Claim("capacity alone", "DDPM"), 4: Claim("capacity alone", "CM", below=False)}
 SECONDARY = {5: Claim("CM", "DDPM", guidance=1.5), 6: Claim("CM", "DDPM, two passes"),
@@ -143,9 +111,11 @@ def measure(run, points, flags, runs, num_images, commit):
     directory = runs / re.sub(r"\W+", "-", f"{run.setting}-{run.arm}-{run.seed}")
     directory.mkdir(parents=True, exist_ok=True)
     tqdm.set_lock(threading.RLock())  # its own has a semaphore, which a killed process leaks
-    with (locked(directory / "lock"), open(directory / "output.txt", "a", buffering=1) as output,
+    with (open(directory / "lock", "w") as lock,
+          open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
-        status = train(run, flags, directory)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed study may have left this run's process behind
+        status = common.run(options_of(run, flags), directory / "run", **made_of(run))
         device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
                   f"CPU, {torch.get_num_threads()} thread")
         row = run._asdict() | dict(status=status or "finished", device=device, commit=commit,
@@ -161,18 +131,10 @@ def measure(run, points, flags, runs, num_images, commit):
         return score(run, row, files, directory, runs / "references") + off
 
 
-@contextlib.contextmanager
-def locked(path):
-    """Inside, no other process is: a killed study may have left a run's process behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def network_of(run):
-    """A run's network, for `cm.train`, `cm.generate` and `cm.load_trained`."""
-    return baselines.with_tally(ARMS[run.arm].network)
+def made_of(run):
+    """What `cm.train` takes besides options."""
+    _, losses, network = ARMS[run.arm]
+    return dict(losses=baselines.counted(losses), network=baselines.with_tally(network))
 
 
 def options_of(run, flags):
@@ -190,12 +152,6 @@ def recorded(run, flags, num_images):
     return common.settings(last.values(), ("--seed", "--subset-seed", "--data", "--device"))
 
 
-def train(run, flags, directory):
-    """Train a run, or go on; "", or where it ran off. Raises as `common.run` does."""
-    return common.run(options_of(run, flags), directory / "run",
-                      losses=baselines.counted(ARMS[run.arm].losses), network=network_of(run))
-
-
 def sample(run, point, directory, num_images):
     """Path of a trained run's samples; drawn where they are lacking. Arms of a seed start from the
     same noise."""
@@ -205,14 +161,14 @@ def sample(run, point, directory, num_images):
                 "--num-images", str(num_images), "--seed", str(run.seed),
                 "--guidance", str(point.guidance)]
         config, _ = cm.parse(argv + ["--general-only"] * (point.network == "θ_g"))
-        cm.generate(config, network_of(run))
+        cm.generate(config, made_of(run)["network"])
     return path
 
 
 def score(run, row, files, directory, cache):
     """A row for each of the samples `files`, {Point: path}: `row` and all that is measured."""
     checkpoint = directory / "run" / "checkpoint.pt"
-    config, ema, counts = cm.load_trained(checkpoint, network=network_of(run))
+    config, ema, counts = cm.load_trained(checkpoint, network=made_of(run)["network"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data, splits = cm.Data(config, device), cm.splits(counts)
     few = torch.as_tensor(splits["Few"], device=device)
@@ -223,7 +179,7 @@ def score(run, row, files, directory, cache):
                                       data.images)
     if not config.no_cm:
         tally = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]["tally"]
-        row |= above_fuse(tally, splits)
+        row |= baselines.above_fuse(tally, splits)
 
     rows = []
     for point, path in files.items():
@@ -236,17 +192,6 @@ def score(run, row, files, directory, cache):
                                          data.images)
         rows.append(new)
     return rows
-
-
-def above_fuse(tally, splits):
-    """Of the samples with w < 0 the share above the fuse, from `Counted`'s [10, C, 3]: of the whole
-    training, and for each split a text with that of each tenth; nan where none was drawn."""
-    negative, above = tally[..., 1].double(), tally[..., 2].double()
-    row = {"above fuse": float(above.sum() / negative.sum())}
-    for split, classes in splits.items():
-        shares = above[:, classes].sum(1) / negative[:, classes].sum(1)
-        row[f"above fuse {split}"] = " ".join(f"{share:.3g}" for share in shares)
-    return row
 
 
 def scores(images, labels, splits, config, cache, device):
@@ -301,22 +246,11 @@ def flops(setting, arm):
 def missing_points(stages, rows):
     """[(Run, [Point])] of the stages without a row, in order."""
     done = set(rows[KEY].itertuples(index=False, name=None)) if len(rows) else set()
-    missing = []
-    for stage in stages:
-        for seed in stage.seeds:
-            for arm, points in stage.points.items():
-                run = Run(stage.setting, arm, seed)
-                left = [p for p in points if (*run[:2], str(seed), p.network, f"{p.guidance:g}")
-                        not in done]
-                if left:
-                    missing.append((run, left))
-    return missing
-
-
-def commit_here():
-    """The commit of the work tree, with "-dirty" where it has been changed; "" without git."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    runs = [(Run(stage.setting, arm, seed), points) for stage in stages for seed in stage.seeds
+            for arm, points in stage.points.items()]
+    missing = [(run, [p for p in points if (*map(str, run), p.network, f"{p.guidance:g}")
+                      not in done]) for run, points in runs]
+    return [(run, points) for run, points in missing if points]
 
 
 def study(names, path, runs, flags, jobs, num_images):
@@ -330,12 +264,11 @@ def study(names, path, runs, flags, jobs, num_images):
             raise ValueError(f"{path} has rows of {arm} that were made with other options than "
                              f"{options}; name another file with --rows")
     missing = missing_points(stages, rows)
-    total = sum(len(points) for _, points in missing_points(stages, rows[:0]))
-    to_do = sum(len(points) for _, points in missing)
-    print(f"{total - to_do} rows are there, {to_do} to come of {len(missing)} runs", flush=True)
+    print(f"{len(missing)} runs to come", flush=True)
     if not torch.cuda.is_available():  # for the processes to come:
         os.environ["OMP_NUM_THREADS"] = "1"  # results repeat only with the same number of threads
-    commit = commit_here()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
         try:
@@ -346,7 +279,8 @@ def study(names, path, runs, flags, jobs, num_images):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             for task in as_completed(tasks):
                 new = task.result()
-                with locked(path.with_suffix(".lock")):
+                with open(path.with_suffix(".lock"), "w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # another study may write there
                     rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
                     common.write_rows(path, rows)
                 print(time.strftime("%H:%M"), *(new[0][name] for name in (*KEY[:3], "status")),

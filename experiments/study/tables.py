@@ -11,9 +11,6 @@ AGREEMENT = {"": Claim("CM", "agreement alone", below=False)}  # beside the clai
 MEASURES = {"FD Few": 1, "FD overall": 1, "recall Few": 3, "accuracy Few": 3, "memorised Few": 3,
             "FD2 Few": 1}  # and how many digits of them are shown
 
-# ------------------------------------------------------------------------------------------------
-# Claims: comparisons paired by seed
-
 
 def at(rows, setting, arm, guidance=0.0, network="θ"):
     """The rows of an arm, by seed; nan where all of them ran off."""
@@ -30,17 +27,13 @@ def paired(rows, claim):
     return [run.loc[seeds] for run in pair]
 
 
-def of_planned(run, setting, arm, guidance, network="θ"):
-    """How many seeds there are of how many there will be."""
-    planned = max((len(stage.seeds) for stage in make_stages().values() if stage.setting == setting
-                   and (network, guidance) in stage.points.get(arm, ())), default=0)
+def of_planned(run, setting, names, guidance, network="θ"):
+    """How many seeds there are of how many there will be, of all the arms `names`."""
+    planned = min(max((len(stage.seeds) for stage in make_stages().values()
+                       if stage.setting == setting
+                       and (network, guidance) in stage.points.get(arm, ())), default=0)
+                  for arm in names)
     return f"{len(run)} of {planned}" if len(run) else "not run"
-
-
-def p_value(ours, theirs):
-    """Of a two-sided paired t-test on FD Few; nan below two seeds, and where a run ran off."""
-    return scipy.stats.ttest_rel(ours["FD Few"], theirs["FD Few"]).pvalue if len(ours) > 1 else (
-        np.nan)
 
 
 def same_within(differences, margin):
@@ -72,7 +65,7 @@ def difference_cells(claim, pair):
              for name, digits in MEASURES.items()}
     return {"ours − theirs": f"{claim.ours} − {claim.theirs}", "setting": claim.setting,
             "guidance": f"{claim.guidance:g}", "seeds": of_planned(
-                pair[0], claim.setting, claim.ours, claim.guidance)} | cells
+                pair[0], claim.setting, (claim.ours, claim.theirs), claim.guidance)} | cells
 
 
 def verdicts(rows):
@@ -81,7 +74,8 @@ def verdicts(rows):
     margin = (theirs["FD Few"] - ours["FD Few"]).mean() / 4  # a quarter of (1)'s gain
     for family in (PRIMARY, AGREEMENT, SECONDARY):
         pairs = [paired(rows, claim) for claim in family.values()]
-        p_values = [p_value(*pair) for pair in pairs]
+        p_values = [scipy.stats.ttest_rel(ours["FD Few"], theirs["FD Few"]).pvalue
+                    if len(ours) > 1 else np.nan for ours, theirs in pairs]
         for (number, claim), pair, p, adjusted in zip(
                 family.items(), pairs, p_values, common.holm(p_values), strict=True):
             ours, theirs = (run["FD Few"] for run in pair)
@@ -98,10 +92,6 @@ def guided_differences(rows):
               for claim in family.values()]
     pairs = [(claim, paired(rows, claim)) for claim in dict.fromkeys(claims)]
     return [difference_cells(claim, pair) for claim, pair in pairs if len(pair[0])]
-
-
-# ------------------------------------------------------------------------------------------------
-# All arms
 
 
 def name_of(arm, run):
@@ -126,7 +116,7 @@ def arms(rows, guidance):
         cost = flops(setting, arm) / flops(setting, "DDPM")
         shown.append({
             "setting": setting, "arm": name_of(arm, run) + ", θ_g" * (network == "θ_g"),
-            "FLOPs": f"{cost:.2f}", "seeds": of_planned(run, setting, arm, w, network)} | {
+            "FLOPs": f"{cost:.2f}", "seeds": of_planned(run, setting, [arm], w, network)} | {
             name: common.spread(run[name], digits) + (best if name == "FD Few" else "")
             for name, digits in (MEASURES | {"loss Few": 4}).items()})
     return shown
@@ -154,12 +144,8 @@ def everything(rows):
     parts = {"Claims: paired by seed [95 %], Holm over 1 to 4 and over 5 to 10": verdicts(rows),
              "The same at guidance 1.5": guided_differences(rows)}
     parts |= {f"All arms, guidance {w:g}": arms(rows, w) for w in (0.0, 1.5, 0.5, 1.0, 3.0)}
-    parts |= {"The fuse": fuse(rows)}
+    parts["The fuse"] = fuse(rows)
     return "\n\n".join(f"{title}\n\n{common.markdown(part)}" for title, part in parts.items())
-
-
-# ------------------------------------------------------------------------------------------------
-# Pictures: FD on Few, a dot a seed
 
 
 def draw(rows, assets):
@@ -179,7 +165,6 @@ def draw(rows, assets):
                 axis.plot([fd.mean()] * 2, [place - 0.35, place + 0.35], color="k", lw=1)
             axis.set(title=f"{setting}, guidance {guidance:g}", xlabel="FD on Few")
             axis.grid(alpha=0.3)
-        axes[0].set_yticks(range(len(shown)),
-                           [name_of(arm, at(rows, "large", arm)) for arm in shown])
+        axes[0].set_yticks(range(len(shown)), [name_of(a, at(rows, "large", a)) for a in shown])
         axes[0].invert_yaxis()
         common.save(figure, assets / f"study_{name}.png")
