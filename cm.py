@@ -1220,7 +1220,7 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
                 save(summed)
             progress.update()
             if step % 20 == 0 and rank == 0:
-                progress.set_postfix_str(f"base {float(base.mean()):.4f}", refresh=False)
+                progress.set_postfix_str(f"base {float(base.detach().mean()):.4f}", refresh=False)
         if rank == 0:
             report(ema, data, config, rows, out)
     if dist.is_initialized():

@@ -111,11 +111,19 @@ def measure(run, points, flags, runs, num_images, commit):
     directory = runs / re.sub(r"\W+", "-", f"{run.setting}-{run.arm}-{run.seed}")
     directory.mkdir(parents=True, exist_ok=True)
     tqdm.set_lock(threading.RLock())  # its own has a semaphore, which a killed process leaks
+<<<<<<< HEAD
     with (locked(directory / "lock"), open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
         status = common.run(options_of(run, flags), directory / "run",
                             losses=baselines.counted(ARMS[run.arm].losses),
                             network=network_of(run))
+=======
+    with (open(directory / "lock", "w") as lock,
+          open(directory / "output.txt", "a", buffering=1) as output,
+          contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed study may have left this run's process behind
+        status = common.run(options_of(run, flags), directory / "run", **made_of(run))
+>>>>>>> b8501f92acff2ea6491a3420d1c625ea89078774
         device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
                   f"CPU, {torch.get_num_threads()} thread")
         row = run._asdict() | dict(status=status or "finished", device=device, commit=commit,
@@ -131,6 +139,7 @@ def measure(run, points, flags, runs, num_images, commit):
         return score(run, row, files, directory, runs / "references") + off
 
 
+<<<<<<< HEAD
 @contextlib.contextmanager
 def locked(path):
     """Inside, no other process is: a killed study may have left a run's process behind."""
@@ -143,6 +152,12 @@ def locked(path):
 def network_of(run):
     """A run's network, for `cm.train`, `cm.generate` and `cm.load_trained`."""
     return baselines.with_tally(ARMS[run.arm].network)
+=======
+def made_of(run):
+    """What `cm.train` takes besides options."""
+    _, losses, network = ARMS[run.arm]
+    return dict(losses=baselines.counted(losses), network=baselines.with_tally(network))
+>>>>>>> b8501f92acff2ea6491a3420d1c625ea89078774
 
 
 def options_of(run, flags):
@@ -169,14 +184,14 @@ def sample(run, point, directory, num_images):
                 "--num-images", str(num_images), "--seed", str(run.seed),
                 "--guidance", str(point.guidance)]
         config, _ = cm.parse(argv + ["--general-only"] * (point.network == "θ_g"))
-        cm.generate(config, network_of(run))
+        cm.generate(config, made_of(run)["network"])
     return path
 
 
 def score(run, row, files, directory, cache):
     """A row for each of the samples `files`, {Point: path}: `row` and all that is measured."""
     checkpoint = directory / "run" / "checkpoint.pt"
-    config, ema, counts = cm.load_trained(checkpoint, network=network_of(run))
+    config, ema, counts = cm.load_trained(checkpoint, network=made_of(run)["network"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data, splits = cm.Data(config, device), cm.splits(counts)
     few = torch.as_tensor(splits["Few"], device=device)
@@ -287,7 +302,12 @@ def study(names, path, runs, flags, jobs, num_images):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             for task in as_completed(tasks):
                 new = task.result()
+<<<<<<< HEAD
                 with locked(path.with_suffix(".lock")):
+=======
+                with open(path.with_suffix(".lock"), "w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # another study may write there
+>>>>>>> b8501f92acff2ea6491a3420d1c625ea89078774
                     rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
                     common.write_rows(path, rows)
                 print(time.strftime("%H:%M"), *(new[0][name] for name in (*KEY[:3], "status")),
