@@ -111,19 +111,11 @@ def measure(run, points, flags, runs, num_images, commit):
     directory = runs / re.sub(r"\W+", "-", f"{run.setting}-{run.arm}-{run.seed}")
     directory.mkdir(parents=True, exist_ok=True)
     tqdm.set_lock(threading.RLock())  # its own has a semaphore, which a killed process leaks
-<<<<<<< HEAD
-    with (locked(directory / "lock"), open(directory / "output.txt", "a", buffering=1) as output,
-          contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
-        status = common.run(options_of(run, flags), directory / "run",
-                            losses=baselines.counted(ARMS[run.arm].losses),
-                            network=network_of(run))
-=======
     with (open(directory / "lock", "w") as lock,
           open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
         fcntl.flock(lock, fcntl.LOCK_EX)  # a killed study may have left this run's process behind
         status = common.run(options_of(run, flags), directory / "run", **made_of(run))
->>>>>>> b8501f92acff2ea6491a3420d1c625ea89078774
         device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
                   f"CPU, {torch.get_num_threads()} thread")
         row = run._asdict() | dict(status=status or "finished", device=device, commit=commit,
@@ -139,25 +131,10 @@ def measure(run, points, flags, runs, num_images, commit):
         return score(run, row, files, directory, runs / "references") + off
 
 
-<<<<<<< HEAD
-@contextlib.contextmanager
-def locked(path):
-    """Inside, no other process is: a killed study may have left a run's process behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def network_of(run):
-    """A run's network, for `cm.train`, `cm.generate` and `cm.load_trained`."""
-    return baselines.with_tally(ARMS[run.arm].network)
-=======
 def made_of(run):
     """What `cm.train` takes besides options."""
     _, losses, network = ARMS[run.arm]
     return dict(losses=baselines.counted(losses), network=baselines.with_tally(network))
->>>>>>> b8501f92acff2ea6491a3420d1c625ea89078774
 
 
 def options_of(run, flags):
@@ -302,12 +279,8 @@ def study(names, path, runs, flags, jobs, num_images):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             for task in as_completed(tasks):
                 new = task.result()
-<<<<<<< HEAD
-                with locked(path.with_suffix(".lock")):
-=======
                 with open(path.with_suffix(".lock"), "w") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)  # another study may write there
->>>>>>> b8501f92acff2ea6491a3420d1c625ea89078774
                     rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
                     common.write_rows(path, rows)
                 print(time.strftime("%H:%M"), *(new[0][name] for name in (*KEY[:3], "status")),
