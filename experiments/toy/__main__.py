@@ -7,6 +7,8 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 import cm
 from experiments.toy import toy
 
@@ -32,6 +34,7 @@ def main(argv=None):
     parser.error = cm.fail
     parser.add_argument("--seeds", type=int, help="print a table of so many, from 2 on")
     seeds = parser.parse_args(argv).seeds
+    torch.set_num_threads(1)  # so small a network is slower on several, on busy cores tenfold
     if seeds is None:
         show()
     elif seeds > 1:
