@@ -63,7 +63,7 @@ def test_arms_differ_in_what_they_say_and_share_the_rest(monkeypatch):
 
 def test_sampling_with_the_exact_noise_gives_the_points():
     def exact(x, t, y):
-        root, sigma = cm.scales(cm.make_alpha_bar(), t)
+        root, sigma = cm.scales(cm.make_alpha_bar(), t, x)
         return (x - root * toy.PLACES[y][:, :, None, None]) / sigma
 
     assert torch.allclose(toy.generate(exact, 0), toy.PLACES[:, None], atol=1e-3)
