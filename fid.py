@@ -3,10 +3,8 @@
     python fid.py SAMPLES.npz --dataset cifar10       # against the *balanced* set (Sec. 4.1)
     python fid.py SAMPLES.npz --dataset fashion16 --features classifier
     python fid.py SAMPLES.npz --reference REAL.npz    # images, or statistics (mu, sigma)
-    python fid.py FOLDER --reference FOLDER           # any images: the overall row
 
-SAMPLES is an .npz as `cm.py --sample` writes it (arr_0 uint8 [N, H, W, C], arr_1 labels, counts) or
-a folder. The metrics are functions of features on any device: frechet_distance(real, generated).
+SAMPLES: an .npz as `cm.py --sample` writes it (arr_0 [N, H, W, C], arr_1, counts), or a folder.
 """
 
 import argparse
@@ -234,9 +232,10 @@ def train_classifier(images, labels, test_images, test_labels, num_classes, devi
 # Images, as files hold them, and their features
 
 
-def chw(images):
-    """uint8 [N, H, W, C], an array of NumPy's, as a tensor [N, C, H, W] in the same memory."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+def chw(x):
+    """uint8 [N, H, W, C], NumPy's, as a tensor [N, C, H, W]; C is 1 where all images are grey."""
+    grey = (x == x[..., :1]).all()  # so that no file's kind changes their scores
+    return torch.from_numpy(np.ascontiguousarray(x[..., :1 if grey else 3])).permute(0, 3, 1, 2)
 
 
 def extract(net, images, what, batch_size=250):
@@ -389,7 +388,8 @@ def prepare(kind, real, held, weights, device, cache):
         return net, rows, None
     if images is None or labels is None:
         raise ValueError("--features classifier needs real images with labels")
-    test = held["arr_0"].expand(-1, images.shape[1], -1, -1), held["arr_1"]
+    channels = images.shape[1]
+    test = held["arr_0"][:, :channels].expand(-1, channels, -1, -1), held["arr_1"]
 
     def make():
         net, accuracy = train_classifier(images, labels, *test, classes, device)

@@ -2485,6 +2485,14 @@ def test_fid_bad_input_is_one_line_and_status_2(name, sampled, capfd, monkeypatc
     assert snapshot(Path.cwd()) == before and not sampled
 
 
+def test_fid_grey_images_are_the_same_in_any_file():
+    grey = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 1), np.uint8)
+    assert torch.equal(fid.chw(grey.repeat(3, 3)), fid.chw(grey)) and fid.chw(grey).shape[1] == 1
+    colour = grey.repeat(3, 3)
+    colour[2, 3, 4, 1] ^= 1  # one pixel makes it a set of colour
+    assert torch.equal(fid.chw(colour), torch.from_numpy(colour).permute(0, 3, 1, 2))
+
+
 def test_fid_interrupted_says_so_in_a_line(sampled, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
