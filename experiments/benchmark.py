@@ -257,7 +257,7 @@ def inception_row(repeats, n=32):
 
 
 def main(argv=None):
-    parser = common.parser("benchmark", __doc__, rows=False)
+    parser = common.parser(__file__, __doc__, rows=False)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--size", type=int, default=10_000, help="features a set")
     parser.add_argument("--dim", type=int, default=2048)

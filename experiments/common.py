@@ -275,15 +275,18 @@ class Seeds(argparse.Action):
         namespace.seeds = values
 
 
-def parser(name, doc, rows=True, seeds=()):
-    """A parser whose errors are one line and status 2; rows: with what every script of rows has;
-    seeds: the default of --seeds, for scripts that train networks of their own, in --runs."""
+def parser(file, doc, rows=True, seeds=()):
+    """A script's parser, whose errors are one line and status 2. file: the script's; its rows lie
+    beside it, a folder's script's in rows.csv. rows: with what every script of rows has; seeds: the
+    default of --seeds, for scripts that train networks of their own, in --runs."""
+    path = Path(file)
+    name = path.parent.name if path.stem == "__main__" else path.stem
     new = argparse.ArgumentParser(prog=name, description=doc, allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     new.error = cm.fail
     if rows:
-        new.add_argument("--rows", type=Path, default=HERE / "results" / f"{name}.csv",
-                         help="where the rows lie")
+        new.add_argument("--rows", type=Path, help="where the rows lie", default=path.with_name(
+            "rows.csv" if path.stem == "__main__" else f"{name}.csv"))
         new.add_argument("--assets", type=Path, default=ASSETS, help="where pictures go")
         new.add_argument("--table", action="store_true",
                          help="run nothing; show the table, and draw the picture if what it is "

@@ -424,7 +424,7 @@ def test_benchmark_in_a_miniature(capsys, monkeypatch):
 
 
 def test_pruning_share_is_exact_and_takes_the_smallest():
-    from experiments import pruning
+    from experiments.theory import pruning
     unet = tiny_losses(reserve=False).unet
 
     def values(network):
@@ -441,7 +441,8 @@ def test_pruning_share_is_exact_and_takes_the_smallest():
 
 
 def test_pruning_end_to_end(tmp_path, capsys):
-    from experiments import common, pruning
+    from experiments import common
+    from experiments.theory import pruning
     for name, extra in (("plain", ["--no-cm"]), ("cm", [])):
         assert common.run([*MINIATURE, *extra, "--steps", "4"], tmp_path / name) == ""
     checkpoints = [str(tmp_path / name / "checkpoint.pt") for name in ("plain", "cm")]
@@ -462,7 +463,7 @@ def test_pruning_end_to_end(tmp_path, capsys):
 
 
 def test_pruning_table_over_seeds_and_its_correlation():
-    from experiments import pruning
+    from experiments.theory import pruning
     change = {"d": (0.01, 0.02), "c": (0.03, 0.03), "b": (0.08, 0.04), "a": (0.2, 0.3)}
     rows = pd.DataFrame([dict(method="M", name=name, seed=seed, count=count, change=v)
                          for (name, pair), count in zip(change.items(), (9, 7, 5, 1), strict=True)
@@ -516,7 +517,7 @@ def test_picture_is_guided_and_of_one_noise(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("reserve", [False, True])
 def test_per_sample_gradients_average_to_the_batch_gradient(reserve):
-    from experiments import gradients
+    from experiments.theory import gradients
     losses = tiny_losses(reserve)
     g = torch.Generator().manual_seed(1)
     x0, eps = torch.randn(2, 6, 1, 8, 8, generator=g)
@@ -532,7 +533,7 @@ def test_per_sample_gradients_average_to_the_batch_gradient(reserve):
 
 
 def test_per_sample_gradients_have_dropout_masks_of_their_own_in_training():
-    from experiments import gradients
+    from experiments.theory import gradients
     losses = tiny_losses(True)
     for block in losses.unet.decoder:
         if isinstance(block, cm.ResBlock):
@@ -547,7 +548,7 @@ def test_per_sample_gradients_have_dropout_masks_of_their_own_in_training():
 
 
 def test_gradients_part_of_ba_is_how_ba_moves():
-    from experiments import gradients
+    from experiments.theory import gradients
     torch.manual_seed(0)
     layer = cm.LowRankReserved(nn.Conv2d(4, 6, 3), 18, 12, 2).double()
     layer.B.data.normal_()
@@ -575,7 +576,7 @@ def two_means():
 
 
 def test_gradients_estimates_agree_with_the_theory_where_its_assumptions_hold():
-    from experiments import gradients
+    from experiments.theory import gradients
     m1, m2 = two_means()
     rows = gradients.estimate(*(m + 3 * torch.randn(3000, 24, 30) for m in (m1, m2)))
     r = rows[0]
@@ -598,7 +599,7 @@ def test_gradients_estimates_agree_with_the_theory_where_its_assumptions_hold():
 
 
 def test_gradients_estimates_know_spread_direction_and_what_is_no_mean():
-    from experiments import gradients
+    from experiments.theory import gradients
     m1, m2 = two_means()
     g1, g2 = torch.randn(2, 3000, 24, 30)
     v = (m1 - m2) / (m1 - m2).norm(dim=1, keepdim=True)
@@ -618,7 +619,7 @@ def test_gradients_estimates_know_spread_direction_and_what_is_no_mean():
 def test_gradients_estimates_against_an_independent_writing():
     from scipy import stats
 
-    from experiments import gradients
+    from experiments.theory import gradients
     m1, m2 = two_means()
     g1, g2 = m1 + 2 * torch.randn(300, 24, 30), 1.5 * m2 + 3 * torch.randn(306, 24, 30)
     rows = gradients.estimate(g1, g2)
@@ -663,7 +664,7 @@ def test_gradients_estimates_against_an_independent_writing():
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_gradients_predict_nothing_from_estimates_that_no_means_have():
-    from experiments import gradients
+    from experiments.theory import gradients
     m, _ = two_means()
 
     def predicted(*factors):  # of m in parts A and B, of the majority and of the minority
@@ -685,7 +686,7 @@ def test_gradients_predict_nothing_from_estimates_that_no_means_have():
 
 
 def test_gradients_summary_counts_and_averages():
-    from experiments import gradients
+    from experiments.theory import gradients
     row = dict(method="DDPM", step=1, seed=10, layer="L", part="W", mu_1=1, mu_2=3, sigma_1=20,
                sigma_2=10, cos=0, quality=1, anisotropy=7, kurtosis=0)
     rows = pd.DataFrame([row | dict(a=a, predicted=p, projected=0.5, observed=0.75)
@@ -709,7 +710,8 @@ def test_gradients_summary_counts_and_averages():
 
 
 def test_gradients_end_to_end_goes_on(tmp_path, capsys):
-    from experiments import common, gradients
+    from experiments import common
+    from experiments.theory import gradients
     own = ["--rows", str(tmp_path / "g.csv"), "--runs", str(tmp_path / "runs"),
            "--assets", str(tmp_path), "--samples", "300"]
     assert gradients.main([*own, "--at", "3", "--seeds", "11", *MINIATURE]) == 0
@@ -737,7 +739,8 @@ TINY = ["--channels", "8", "--multipliers", "1", "2", "--image-size", "8", "--ba
 
 
 def test_divergence_end_to_end_goes_on(tmp_path, capsys, monkeypatch):
-    from experiments import common, divergence
+    from experiments import common
+    from experiments.theory import divergence
     monkeypatch.setattr(divergence, "SETTINGS", {
         "small": (120, (100,), ("1", "0.2"), TINY), "large": (110, (100,), ("0.2",), TINY)})
     monkeypatch.setattr(divergence, "RATES", ("1e-3",))
@@ -761,7 +764,8 @@ def test_divergence_end_to_end_goes_on(tmp_path, capsys, monkeypatch):
 
 
 def test_divergence_trains_what_it_says_and_finds_when_it_runs_off(tmp_path, monkeypatch):
-    from experiments import common, divergence
+    from experiments import common
+    from experiments.theory import divergence
     logs, made = {}, {}
 
     def run(flags, out):
@@ -796,7 +800,8 @@ def test_divergence_trains_what_it_says_and_finds_when_it_runs_off(tmp_path, mon
 
 
 def test_divergence_table_by_hand():
-    from experiments import common, divergence
+    from experiments import common
+    from experiments.theory import divergence
     key = dict(setting="small", IR=600, w_div="0.2", lr="3e-3", margin="inf")
     rows = [key | {"seed": 20, "d above 0.1": 1150, "base doubled": "", "d Few": 0.75,
                    "base": 0.0612, "end": "finished"},
@@ -815,7 +820,8 @@ def test_divergence_table_by_hand():
 
 
 def test_divergence_picture_is_of_the_logs(tmp_path, monkeypatch):
-    from experiments import common, divergence
+    from experiments import common
+    from experiments.theory import divergence
     figures = []
     monkeypatch.setattr(common, "save", lambda figure, path: figures.append(figure))
     keys = [key for key in divergence.keys([20]) if key["IR"] == 100 and key["lr"] == "3e-3"]
@@ -837,7 +843,8 @@ def test_divergence_picture_is_of_the_logs(tmp_path, monkeypatch):
 
 
 def test_assumptions_end_to_end(tmp_path, capsys, monkeypatch):
-    from experiments import assumptions, common
+    from experiments import common
+    from experiments.theory import assumptions
     monkeypatch.setattr(assumptions, "SHAPES", ((4, 12), (6, 6)))
     own = ["--out", str(tmp_path)]
     assert assumptions.main(["--trials", "4000", "--repeats", "20", *own]) == 0
@@ -861,7 +868,7 @@ def test_assumptions_end_to_end(tmp_path, capsys, monkeypatch):
 
 
 def test_assumptions_noise_has_unit_variance():
-    from experiments import assumptions
+    from experiments.theory import assumptions
     rng, v = np.random.default_rng(0), np.eye(8)[0] - np.eye(8)[1]
     for factor in (4.0, 0.25):
         g = assumptions.stretched(v, factor)(rng, (200, 500, 8))
@@ -878,7 +885,7 @@ def test_assumptions_noise_has_unit_variance():
 
 
 def test_assumptions_break_one_thing_each():
-    from experiments import assumptions
+    from experiments.theory import assumptions
     rng = np.random.default_rng(0)
     for name, means, sigma, noise in assumptions.violations():
         g = noise(rng, (4000, 10, 8))
@@ -901,7 +908,7 @@ def test_assumptions_break_one_thing_each():
 
 def test_tangent_share_against_a_basis_of_the_tangent_space():
     """The share by least squares on the Jacobian of (B, A) -> BA."""
-    from experiments import assumptions
+    from experiments.theory import assumptions
     rng = np.random.default_rng(1)
     for d, k, r in ((4, 6, 2), (5, 3, 1), (4, 4, 4)):
         b, a = rng.standard_normal((d, r)), rng.standard_normal((r, k))
@@ -920,7 +927,7 @@ def test_tangent_share_against_a_basis_of_the_tangent_space():
 
 def test_trained_factors_reach_the_best_of_their_rank():
     """After many steps BA is the best approximation of the target, so its factors are whole."""
-    from experiments import assumptions
+    from experiments.theory import assumptions
     b, a = assumptions.trained_factors(3, 5, 2, np.random.default_rng(0))
     assert b.shape == (3, 2) and a.shape == (2, 5)
     assert np.linalg.matrix_rank(b) == np.linalg.matrix_rank(a) == 2
@@ -933,7 +940,7 @@ def test_trained_factors_reach_the_best_of_their_rank():
 
 
 def test_verdict_on_assumption_f2():
-    from experiments import assumptions
+    from experiments.theory import assumptions
     assert assumptions.verdict(np.linspace(0, 1, 11)) == (
         "0 at rank 0 yes, grows yes, 1 at full rank yes; at a tenth of full rank 0.10")
     assert assumptions.verdict([0.1, 0.5, 0.4]) == (

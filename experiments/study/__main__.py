@@ -19,8 +19,7 @@ from experiments.study import study, tables
 
 @common.interruptible
 def main(argv=None):
-    parser = common.parser("study", __doc__)
-    parser.set_defaults(rows=Path(__file__).with_name("rows.csv"))
+    parser = common.parser(__file__, __doc__)
     stages = list(study.make_stages())
     parser.add_argument("--stage", choices=stages, nargs="+", default=stages)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")

@@ -1,12 +1,12 @@
 """Which classes live in small weights? Fig. 1b, G.1, G.2.
 
-    python -m experiments.pruning DDPM_RUN/checkpoint.pt CM_RUN/checkpoint.pt
-    python -m experiments.pruning --table       # only the table, and assets/pruning.png
+    python -m experiments.theory.pruning DDPM_RUN/checkpoint.pt CM_RUN/checkpoint.pt
+    python -m experiments.theory.pruning --table       # only the table, and assets/pruning.png
 
 Zero the share of individual weights that are smallest in magnitude (of the merged network: all
 weights and biases in one ranking) and compare each class's eps-loss on its *training* images,
 noise and times the same before and after. The paper's finding: the loss of minority classes
-suffers more. Several checkpoints of one method count as its seeds. Rows: results/pruning.csv.
+suffers more. Several checkpoints of one method count as its seeds. Rows: pruning.csv.
 """
 
 import copy
@@ -118,7 +118,7 @@ def draw(rows, path):
 
 
 def main(argv=None):
-    parser = common.parser("pruning", __doc__)
+    parser = common.parser(__file__, __doc__)
     parser.add_argument("checkpoints", nargs="*", type=Path)
     parser.add_argument("--share", type=float, default=0.1, help="of the parameters")
     parser.add_argument("--per-class", type=int, default=50,

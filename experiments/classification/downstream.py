@@ -1,8 +1,8 @@
 """Are the generated images of use? A classifier trained with them, as in Tab. G.8.
 
-    python -m experiments.downstream
-    python -m experiments.downstream --samples mine.npz   # your images; beside our rows
-    python -m experiments.downstream --table        # only the tables and assets/downstream.png
+    python -m experiments.classification.downstream
+    python -m experiments.classification.downstream --samples mine.npz   # your images; beside our rows
+    python -m experiments.classification.downstream --table        # only the tables and assets/downstream.png
 
 The classifier of classification.py, for as many steps each: on the long-tailed set alone; with five
 generated images for each real one, balanced over classes, of DDPM, RS and CM, without and with
@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 
 import cm
 import fid
-from experiments import classifiers, common
+from experiments import common
+from experiments.classification import classifiers
 
 # without a generator, {setting: (base loss, whether batches are balanced)}
 ALONE = {"real images": ("CE", False), "re-sampling": ("CE", True), "LA": ("LA", False)}
@@ -216,7 +217,7 @@ def draw(rows, path):
 
 @common.interruptible
 def main(argv=None):
-    parser = common.parser("downstream", __doc__, seeds=range(10, 15))
+    parser = common.parser(__file__, __doc__, seeds=range(10, 15))
     parser.add_argument("--generator-seeds", type=int, nargs="+", default=[11, 12],
                         help="of the generators, in turn: even --seeds take the first of two, odd "
                              "ones the second [default: 11 12]")

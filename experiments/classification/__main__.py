@@ -20,7 +20,8 @@ import torch
 from matplotlib.figure import Figure
 
 import cm
-from experiments import classifiers, common
+from experiments import common
+from experiments.classification import classifiers
 
 SIZES = {"small": 16, "resnet18": 32}  # network: side of the images
 METHODS = {"plain": "", "CM": " + CM"}  # name: what it adds to a loss's name
@@ -166,7 +167,7 @@ def draw(rows, path):
 
 @common.interruptible
 def main(argv=None):
-    parser = common.parser("classification", __doc__, seeds=range(10, 15))
+    parser = common.parser(__file__, __doc__, seeds=range(10, 15))
     parser.add_argument("--dataset", choices=[d for d in cm.DATASETS if d != "folder"],
                         default="fashion16", help="[default: fashion16]")
     parser.add_argument("--data", help="where it lies [default: data]")

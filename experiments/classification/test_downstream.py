@@ -15,8 +15,9 @@ import fid
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
-from experiments import classifiers, common  # noqa: E402
-from experiments import downstream as down  # noqa: E402
+from experiments import common  # noqa: E402
+from experiments.classification import classifiers  # noqa: E402
+from experiments.classification import downstream as down  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
 ARGS = ["--n-max", "12", "--ir", "6", "--image-size", "8", "--channels", "4",

@@ -16,8 +16,9 @@ import cm
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
-from experiments import classification as cls  # noqa: E402
-from experiments import classifiers, common  # noqa: E402
+from experiments.classification import __main__ as cls  # noqa: E402
+from experiments import common  # noqa: E402
+from experiments.classification import classifiers  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
 COUNTS = torch.tensor([40.0, 10.0, 5.0, 2.0])

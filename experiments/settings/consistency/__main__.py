@@ -1,11 +1,11 @@
 """Does CM help a consistency model, which draws an image in one or two steps? Tab. G.9.
 
-    python -m experiments.consistency
-    python -m experiments.consistency --table       # only the table, and assets/consistency.png
+    python -m experiments.settings.consistency
+    python -m experiments.settings.consistency --table       # only the table, and assets/consistency.png
 
 Consistency training (CT; Song et al. 2023, "Song" below), without and with CM. F is cm.py's UNet,
 and f = c_skip x + c_out F(c_in x, 250 ln sigma) maps an image plus noise of any sigma to the image.
-Options that aren't its own go to cm.py. Columns of results/consistency.csv: FD of `fid.py
+Options that aren't its own go to cm.py. Columns of rows.csv: FD of `fid.py
 --features classifier`; held-out loss: base loss of the averaged weights on held-out images, at the
 last grid; share: of |lam L_CM| in itself plus the base loss, in each tenth of the training and
 (held-out share) on held-out images.
@@ -223,7 +223,7 @@ def table(rows):
 
 @common.interruptible
 def main(argv=None):
-    parser = common.parser("consistency", __doc__, seeds=(10, 11, 12))
+    parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
     parser.add_argument("--num-images", type=int, default=5000, help="generated images a row")
     args, flags = parser.parse_known_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads

@@ -17,7 +17,7 @@ import fid
 pd = pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
 from experiments import common  # noqa: E402
-from experiments import consistency as ct  # noqa: E402
+from experiments.settings.consistency import __main__ as ct  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
 ARGS = ["--n-max", "8", "--ir", "2", "--image-size", "8", "--channels", "8",

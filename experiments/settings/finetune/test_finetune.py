@@ -20,8 +20,9 @@ import fid
 
 pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
-from experiments import common, pretrained  # noqa: E402
-from experiments import finetune as ft  # noqa: E402
+from experiments import common  # noqa: E402
+from experiments.settings.finetune import __main__ as ft  # noqa: E402
+from experiments.settings.finetune import pretrained  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
 SMALL = dict(image_size=8, channels=8, multipliers=(1, 2), batch_size=4, dropout=0.0)

@@ -1,12 +1,12 @@
 """Where the theory's assumptions fail, and what alpha_r is.
 
-    python -m experiments.assumptions             # a minute; assets/alpha_r.png
-    python -m experiments.assumptions --table     # only the tables and the picture
+    python -m experiments.theory.assumptions             # a minute; assets/alpha_r.png
+    python -m experiments.theory.assumptions --table     # only the tables and the picture
 
 First table: theory.py's simulation with one assumption of F.1 broken at a time, against the formula
-that assumes it (results/assumptions.csv). Second: Assumption F.2 posits an alpha_r that grows from
+that assumes it (assumptions.csv). Second: Assumption F.2 posits an alpha_r that grows from
 0 at rank 0 to 1 at full rank. Measured here: the share of a random gradient's squared norm that
-lies in the tangent space of BA, the directions in which BA can move at all (results/alpha_r.csv).
+lies in the tangent space of BA, the directions in which BA can move at all (alpha_r.csv).
 """
 
 import sys
@@ -203,7 +203,7 @@ def draw(rows, path):
 
 
 def main(argv=None):
-    parser = common.parser("assumptions", __doc__, rows=False)
+    parser = common.parser(__file__, __doc__, rows=False)
     parser.error = theory.fail
     parser.add_argument("--trials", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=10, help="random gradients a rank")

@@ -1,8 +1,8 @@
 """The theory on a real network: per-sample gradients of the largest and the smallest class, against
 Theorem 2.1.
 
-    python -m experiments.gradients
-    python -m experiments.gradients --table       # only the tables, and assets/gradients.png
+    python -m experiments.theory.gradients
+    python -m experiments.theory.gradients --table       # only the tables, and assets/gradients.png
 
 Trains DDPM and CM, a run a seed (options that aren't its own go to cm.py), and stops at `--at`
 steps. There, for three decoder convolutions, `torch.func` gives each sample's gradient of Eq. (4).
@@ -12,7 +12,7 @@ F.1; C is held out. With N = 100 gradients of C, a share `a` of the largest clas
 dominated where their sum . v > 0: the update's angle to mu_1 is the smaller one. Where the means
 are equally long, as F.1 has it, that is theory.py's criterion.
 
-Columns of results/gradients.csv:
+Columns of gradients.csv:
 part          what the gradient is of: W (DDPM), W_g, BA (through A and B: g_B A + B g_A), or
               W_g+BA, where W moves
 mu_1, mu_2    root mean square over weights of the means' lengths, without the bias
@@ -263,7 +263,7 @@ def draw(rows, path):
 
 @common.interruptible
 def main(argv=None):
-    parser = common.parser("gradients", __doc__, seeds=(10, 11, 12))
+    parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
     parser.add_argument("--at", type=int, nargs="+", default=[100, 500, 2000],
                         help="steps to measure at")
     parser.add_argument("--samples", type=int, default=3000, help="per-sample gradients a class")

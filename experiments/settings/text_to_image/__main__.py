@@ -1,8 +1,8 @@
 """Text to image (Tab. G.11): latent diffusion from scratch on captions, long-tailed; DDPM and CM.
 
-    python -m experiments.text_to_image             # what has no row yet, and the picture
-    python -m experiments.text_to_image --table     # only the tables, and the picture
-    python -m experiments.text_to_image --prompt "a small red star, upper left"   # after the first
+    python -m experiments.settings.text_to_image             # what has no row yet, and the picture
+    python -m experiments.settings.text_to_image --table     # only the tables, and the picture
+    python -m experiments.settings.text_to_image --prompt "a small red star, upper left"   # after the first
 
 Networks keep checkpoints in --runs and go on from them. FD: Fréchet distance from the balanced set
 in the features of a classifier trained on it (fid.py's); shape: how often it sees the caption's
@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 import cm
 import fid
-from experiments import common, shapes
+from experiments import common
+from experiments.settings.text_to_image import shapes
 
 WIDTH = 64  # of the text encoder
 CHANNELS = (32, 64)  # of the UNet's levels
@@ -265,7 +266,7 @@ def table(rows):
 
 @common.interruptible
 def main(argv=None):
-    parser = common.parser("text_to_image", __doc__, seeds=(10, 11, 12))
+    parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
     for name, default, text in (("n-max", 1000, "images in the largest class"),
                                 ("steps", 4000, "training steps of a network"),
                                 ("vae-steps", 3000, "training steps of the autoencoder"),

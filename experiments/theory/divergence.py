@@ -1,7 +1,7 @@
 """Why Eq. (2) runs off, and what w_div = 0.2 and the fuse do about it.
 
-    python -m experiments.divergence               # what has no row yet
-    python -m experiments.divergence --table       # only the table; assets/divergence.png if the
+    python -m experiments.theory.divergence               # what has no row yet
+    python -m experiments.theory.divergence --table       # only the table; assets/divergence.png if the
                                                    # logs of its runs are in --runs
 Where a class's weight w is negative, L_CM has no lower bound in eps_theta_g, and where 1 + lam w is
 not positive either, the loss has none in eps_theta. So CM is trained with w_div 1 (Eq. 2 as
@@ -9,7 +9,7 @@ printed) and 0.2 (the authors' code), without a fuse (inf, as the authors) and w
 is a row: the first logged step at which d on Few, a mean over the steps since the log's last row,
 is above 0.1, and the first at which the base loss is twice the lowest before; "" is never.
 *small* is the default run's network and data, *large* one that is large for its data.
-Options that aren't its own go to cm.py. Rows: results/divergence.csv.
+Options that aren't its own go to cm.py. Rows: divergence.csv.
 """
 
 import itertools
@@ -133,7 +133,7 @@ def draw(seed, runs, path):
 
 @common.interruptible
 def main(argv=None):
-    parser = common.parser("divergence", __doc__, seeds=(20, 21, 22))
+    parser = common.parser(__file__, __doc__, seeds=(20, 21, 22))
     args, flags = parser.parse_known_args(argv)
     try:
         if not args.table:

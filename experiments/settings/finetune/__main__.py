@@ -1,12 +1,12 @@
 """Does CM help where a pre-trained network is fine-tuned in a low rank (Sec. 3.3, Tab. 6)?
 
-    python -m experiments.finetune
-    python -m experiments.finetune --table       # only the table, and assets/finetune.png
-    python -m experiments.finetune --pretrained PIPELINE --data TREE       # Stable Diffusion
+    python -m experiments.settings.finetune
+    python -m experiments.settings.finetune --table       # only the table, and assets/finetune.png
+    python -m experiments.settings.finetune --pretrained PIPELINE --data TREE       # Stable Diffusion
 
 W = W_f + B_g A_g + B_e A_e: W_f is frozen, B_g A_g general, B_e A_e reserved in the decoder. W_f
 has seen the balanced set without its labels; fine-tuning is with labels, on a long-tailed part.
-Options that aren't its own go to cm.py. Columns of results/finetune.csv: trained, the number of
+Options that aren't its own go to cm.py. Columns of rows.csv: trained, the number of
 parameters; FD, recall, accuracy: of `fid.py --features classifier`. "CM, θ_g": without B_e A_e.
 --pretrained: a pipeline in diffusers' format, an image tree; no rows, but samples for fid.py.
 """
@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import cm
 import fid
-from experiments import common, pretrained
+from experiments import common
+from experiments.settings.finetune import pretrained
 
 METHODS = {"LoRA r_g": "lora", "LoRA r_g + r_e": "lora-wide", "CM": "cm"}  # name: its directory
 THETA_G = "CM, θ_g"
@@ -197,7 +198,7 @@ def draw(data, args, config, path, columns=8):
 
 @common.interruptible
 def main(argv=None):
-    parser = common.parser("finetune", __doc__, seeds=(10, 11, 12))
+    parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
     parser.add_argument("--pretrained", type=Path, help="a Stable Diffusion in diffusers' format, "
                         "to fine-tune on the image tree --data")
     parser.add_argument("--prompt",

@@ -16,8 +16,8 @@ import fid
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
-from experiments import shapes  # noqa: E402
-from experiments import text_to_image as t2i  # noqa: E402
+from experiments.settings.text_to_image import shapes  # noqa: E402
+from experiments.settings.text_to_image import __main__ as t2i  # noqa: E402
 
 torch.set_num_threads(1)  # results repeat with as many threads
 COUNTS = [100, 60, 40, 25, 15, 10, 6, 4, 2, 1]
