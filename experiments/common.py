@@ -5,7 +5,6 @@ It has no command line. The scripts import this file, never each other.
 
 import argparse
 import dataclasses
-import functools
 import re
 import sys
 from pathlib import Path
@@ -19,8 +18,7 @@ from tqdm import tqdm
 import cm
 import fid
 
-HERE = Path(__file__).parent
-ASSETS = HERE.parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 
 # ------------------------------------------------------------------------------------------------
 # Rows on disk. A table is text from end to end, so that reading and writing it changes no digit;
@@ -42,7 +40,6 @@ def read_rows(path, options=None):
         return pd.DataFrame()
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     if options is not None:
-        check_columns(rows, ["options"], path)
         others = rows.loc[rows["options"] != options, "options"]
         if len(others):
             raise ValueError(f"{path} was made with other options ({others.iloc[0]}); "
@@ -50,21 +47,14 @@ def read_rows(path, options=None):
     return rows
 
 
-def check_columns(rows, columns, path):
-    missing = [name for name in columns if name not in rows]
-    if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}, so it isn't this script's; name "
-                         "another file with --rows")
-
-
 def read_table(path, columns=()):
     """The rows that --table shows: those in `path` or, before there are any, in f7283d9/ beside it,
-    which are of our earlier CM. Raises ValueError where there are none, or none with these
-    `columns`."""
+    which are of our earlier CM. Raises ValueError where there are none with these `columns`."""
     rows = read_rows(path if path.exists() else path.parent / "f7283d9" / path.name)
     if rows.empty:
         raise ValueError(f"{path} has no rows; leave --table away")
-    check_columns(rows, columns, path)
+    for name in set(columns) - set(rows):
+        raise ValueError(f"{path} has no column {name!r}, so it isn't this script's")
     return rows
 
 
@@ -75,8 +65,7 @@ def has_row(path, options, **key):
 
 
 def add_rows(path, options, new):
-    """Write `new`, dicts, behind the rows in a .csv, each with `options` in a column of that name.
-    Raises ValueError."""
+    """Write `new`, dicts, behind the rows in a .csv, with a column `options`. Raises ValueError."""
     rows = [read_rows(path, options), text(new).assign(options=options)]
     write_rows(path, pd.concat(rows, ignore_index=True).fillna(""))
 
@@ -105,26 +94,15 @@ def numbers(rows, words):
 # Runs of cm.py
 
 
-def with_defaults(flags, **defaults):
-    """The options for cm.py that were typed, after them our own where they weren't.
-
-    Raises ValueError where cm.py would."""
-    flags = [part for flag in flags
-             for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
-    for name, value in ({"dataset": cm.Config.dataset} | defaults).items():
-        option = "--" + name.replace("_", "-")
-        if option not in flags:
-            flags = [*flags, option, value]
-    cm.parse(flags)[0].resolved()
-    return flags
-
-
 def configured(flags, unused, used=(), **defaults):
-    """(options for cm.py as `with_defaults` gives them, their Config, the names typed).
+    """(options for cm.py, the typed ones before our own defaults; their Config; the names typed).
 
     unused: options, or groups of them, that mean nothing to the caller, but for those in `used`.
     Raises ValueError where one of them was typed, or cm.py would."""
-    flags = with_defaults(flags, **defaults)
+    typed = cm.parse(flags)[1]
+    for name, value in ({"dataset": cm.Config.dataset} | defaults).items():
+        if name not in typed:
+            flags = [*flags, "--" + name.replace("_", "-"), value]
     config, typed = cm.parse(flags)
     for field in dataclasses.fields(config):
         if {field.name, field.metadata["group"]} & set(unused) and field.name in typed - set(used):
@@ -135,26 +113,21 @@ def configured(flags, unused, used=(), **defaults):
 
 def settings(flags, without=("--data", "--device")):
     """Options as text, in order: what all rows of a table share, not where they came about."""
-    options = re.split(" (?=--)", " ".join(flags))
+    options = [o.replace("=", " ", 1) for o in re.split(" (?=--)", " ".join(flags))]
     return " ".join(sorted(o for o in options if o.split(" ")[0] not in without))
 
 
 def run(flags, out, **made_of):
-    """Train with cm.py's options `flags` in the directory `out`, or go on there.
-
-    made_of: cm.train's `losses` and `network`.
+    """Train with cm.py's options `flags` in the directory `out`, or go on there; what is finished
+    isn't touched. made_of: cm.train's `losses` and `network`.
 
     "" where the run was finished, else where it ran off ("not finite between steps 50 and 100").
-    Raises ValueError where cm.py would. What is finished isn't touched, whichever cm.py trained it.
-    """
+    Raises ValueError where cm.py would."""
     go_on = "--resume" if (out / "checkpoint.pt").is_file() else "--overwrite"
     config, typed = cm.parse([*flags, "--out", str(out), go_on])
     config, state = cm.prepare_run(config.resolved(), typed)
     if state and state["step"] == config.steps:
         return ""
-    if state and "rows" not in state:
-        raise ValueError(f"{out} was begun by an earlier cm.py and can't go on; remove it, and the "
-                         "run begins again")
     try:
         cm.train(config, typed, **made_of)
     except FloatingPointError as e:
@@ -173,15 +146,13 @@ def save_samples(path, images, labels, counts, **how):
 # Statistics, tables, pictures
 
 
-def difference(ours, other, relative=False):
+def difference(ours, other):
     """(mean, half-width of the 95 % t-interval, number of seeds) of ours - other, paired by seed.
 
-    ours, other: Series by seed; only seeds of both count. relative: as a share of other. The mean
-    is nan where a value is, or there is no pair; the half-width also where there is only one."""
+    ours, other: Series by seed; only seeds of both count. The mean is nan where a value is, or
+    there is no pair; the half-width also where there is only one."""
     seeds = ours.index.intersection(other.index)
     values = ours[seeds] - other[seeds]
-    if relative:
-        values = values / other[seeds]
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.sem(skipna=False)
     return values.mean(skipna=False), half, len(values)
 
@@ -219,8 +190,6 @@ def spread(values, digits, sign=""):
 
 def markdown(table):
     """A DataFrame, or dicts, as a Markdown table, its text as it is; "" without rows."""
-    if len(table) == 0:
-        return ""
     return pd.DataFrame(table).to_markdown(index=False, disable_numparse=True)
 
 
@@ -256,11 +225,13 @@ def judge(images, labels, test, num_classes, device, directory, seed=0):
 
 
 def interruptible(main):
-    """A script's main(argv), which Ctrl-C ends in one line, with status 130."""
-    @functools.wraps(main)
+    """A script's main(argv): Ctrl-C ends it in one line and status 130, bad input, a ValueError or
+    an OSError, in one line and status 2."""
     def ended(argv=None):
         try:
             return main(argv)
+        except (ValueError, OSError) as e:
+            cm.fail(e)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on", file=sys.stderr)
             sys.exit(130)
@@ -276,9 +247,9 @@ class Seeds(argparse.Action):
 
 
 def parser(file, doc, rows=True, seeds=()):
-    """A script's parser, whose errors are one line and status 2. file: the script's; its rows lie
-    beside it, a folder's script's in rows.csv. rows: with what every script of rows has; seeds: the
-    default of --seeds, for scripts that train networks of their own, in --runs."""
+    """A script's parser, whose errors are one line and status 2. file: the script's; NAME.csv, or a
+    folder's rows.csv, lies beside it. rows: with what every script of rows has; seeds: the default
+    of --seeds, for scripts that train networks of their own, in --runs."""
     path = Path(file)
     name = path.parent.name if path.stem == "__main__" else path.stem
     new = argparse.ArgumentParser(prog=name, description=doc, allow_abbrev=False,
@@ -288,9 +259,8 @@ def parser(file, doc, rows=True, seeds=()):
         new.add_argument("--rows", type=Path, help="where the rows lie", default=path.with_name(
             "rows.csv" if path.stem == "__main__" else f"{name}.csv"))
         new.add_argument("--assets", type=Path, default=ASSETS, help="where pictures go")
-        new.add_argument("--table", action="store_true",
-                         help="run nothing; show the table, and draw the picture if what it is "
-                              "made of is here")
+        new.add_argument("--table", action="store_true", help="run nothing; show the table, and "
+                         "draw the picture if what it is made of is here")
     if seeds:
         new.add_argument("--seeds", type=int, nargs="+", default=list(seeds), action=Seeds,
                          help=f"a run each [default: {' '.join(map(str, seeds))}]")
@@ -307,19 +277,15 @@ def train(step, state, path, steps, seed=0, options="", every=500):
     """Call step(1), ..., step(steps), or go on where the checkpoint at `path` ends.
 
     step(i): one training step; returns its loss, a scalar. Before it torch's generators are seeded
-    by (seed, i): so a resumed training draws what the uninterrupted one draws, and on the CPU ends
-    with the same weights, bit for bit.
+    by (seed, i): so a resumed training ends, on the CPU bit for bit, where the whole one does.
     state: {name: what has state_dict and load_state_dict}, all that a step changes.
-    path: written after each `every` steps and at the end; it is whole at every moment, so that a
-    killed training goes on. options: text kept in it; a checkpoint with other options or another
-    seed is refused.
+    path: written after each `every` steps and at the end, with the text `options`; a checkpoint
+    with other options or another seed is refused.
 
     Raises ValueError on a checkpoint that doesn't fit, and FloatingPointError where the loss stops
     being finite; the checkpoint is then the last good one."""
     made_with = {"seed": seed, "options": options}
     path.parent.mkdir(parents=True, exist_ok=True)
-    for temporary in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):  # of a killed run
-        temporary.unlink()
     first = load_state(state, path, made_with) if path.is_file() else 0
     if first > steps:
         raise ValueError(f"{path} is at step {first} already; {steps} were asked for")
@@ -330,7 +296,9 @@ def train(step, state, path, steps, seed=0, options="", every=500):
         if not np.isfinite(loss):
             raise FloatingPointError(f"{path.stem}: the loss is not finite at step {i}")
         if i % every == 0 or i == steps:
-            save_state(state, path, made_with | {"step": i})
+            parts = {name: part.state_dict() for name, part in state.items()}
+            whole = made_with | {"step": i, "state": parts}
+            cm.write_atomically(path, lambda p, whole=whole: torch.save(whole, p))
 
 
 def hashed(*words):
@@ -338,21 +306,13 @@ def hashed(*words):
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
-def save_state(state, path, more):
-    parts = {name: part.state_dict() for name, part in state.items()}
-    cm.write_atomically(path, lambda p: torch.save(more | {"state": parts}, p))
-
-
 def load_state(state, path, made_with):
-    """Fill `state` from a checkpoint; its step. Raises ValueError where it doesn't fit."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if {name: saved[name] for name in made_with} != made_with:
-            raise ValueError(f"it was made with other options: seed {saved['seed']}, "
-                             f"{saved['options']}; name another directory with --runs")
-        for name, part in state.items():
-            part.load_state_dict(saved["state"][name])
-        return saved["step"]
-    except Exception as e:  # torch.load and load_state_dict raise nearly anything on a broken file
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"{path} is no checkpoint to go on from ({reason})") from None
+    """Fill `state` from a checkpoint; its step. Raises ValueError where it was made otherwise."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if {name: saved[name] for name in made_with} != made_with:
+        raise ValueError(f"{path} is no checkpoint to go on from (it was made with other options: "
+                         f"seed {saved['seed']}, {saved['options']}; name another directory with "
+                         "--runs)")
+    for name, part in state.items():
+        part.load_state_dict(saved["state"][name])
+    return saved["step"]

@@ -3,19 +3,16 @@
     python -m experiments.picture                 # assets/weights.png: the weights by class
     python cm.py --steps 6000 --no-cm --out runs/plain
     python cm.py --steps 6000 --out runs/cm
-    python -m experiments.picture runs/plain/checkpoint.pt runs/cm/checkpoint.pt  # rare.png
+    python -m experiments.picture --rare runs/plain/checkpoint.pt runs/cm/checkpoint.pt
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 import cm
-
-ASSETS = Path(__file__).parent.parent / "assets"
+from experiments import common
 
 
 def draw_weights(path, ir=100, lam=1.0):
@@ -30,27 +27,21 @@ def draw_weights(path, ir=100, lam=1.0):
         right.plot(counts, cm.capacity_weights(counts, w_div=w_div), "o-", label=name)
     right.axhline(-1 / lam, color="k", ls=":", label="−1/λ")
     right.axhline(0, color="k", lw=0.8)
-    left.set(ylabel="weight")
-    right.set(ylabel="w = ω_Con − w_div ω_Div")
-    for axis in (left, right):
-        axis.set(xscale="log", xlabel="images in the class")
+    for axis, label in ((left, "weight"), (right, "w = ω_Con − w_div ω_Div")):
+        axis.set(xscale="log", xlabel="images in the class", ylabel=label)
         axis.invert_xaxis()  # from the most frequent class to the rarest, as in the tables
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    cm.write_atomically(path, lambda p: figure.savefig(p, dpi=130))
+    common.save(figure, path)
 
 
-def draw(plain_checkpoint, cm_checkpoint, path, columns=8):
+def draw_rare(plain_checkpoint, cm_checkpoint, path, columns=8):
     """A frequent class above the rare ones from the same noise: real, plain DDPM, CM, CM's theta_g;
-    guided as cm.py's samples.
-
-    Raises ValueError unless the runs are of one data set, one with CM."""
-    plain_config, plain, plain_counts = cm.load_trained(plain_checkpoint)
+    guided as cm.py's samples. Raises ValueError unless the first run is without CM."""
+    plain_config, plain, _ = cm.load_trained(plain_checkpoint)
     config, unet, counts = cm.load_trained(cm_checkpoint)
     if config.no_cm or not plain_config.no_cm:
         raise ValueError(f"{plain_checkpoint} must be a run with --no-cm, {cm_checkpoint} without")
-    if (plain_config.dataset, plain_counts) != (config.dataset, counts):
-        raise ValueError("the two runs are of different data")
     data, classes = cm.Data(config), cm.splits(counts)
     shown = [int(classes["Many"][0]), *map(int, classes["Few"])]
     y = torch.tensor(shown).repeat_interleave(columns)
@@ -67,25 +58,18 @@ def draw(plain_checkpoint, cm_checkpoint, path, columns=8):
     cm.draw_panels(panels, [f"{data.names[k]}  {counts[k]}" for k in shown], path)
 
 
+@common.interruptible
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="picture", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = cm.fail
-    parser.add_argument("runs", type=Path, nargs="*", metavar="CHECKPOINT",
-                        help="of a run with --no-cm, then of the same run with CM")
-    parser.add_argument("--assets", type=Path, default=ASSETS, help="where pictures go")
+    parser = common.parser(__file__, __doc__, rows=False)
+    parser.add_argument("--rare", type=Path, nargs=2, metavar="CHECKPOINT",
+                        help="draw rare.png, of a run with --no-cm and of the same run with CM")
+    parser.add_argument("--assets", type=Path, default=common.ASSETS, help="where pictures go")
     args = parser.parse_args(argv)
-    try:
-        if len(args.runs) not in (0, 2):
-            raise ValueError(f"{len(args.runs)} checkpoint given; type two, or none")
-        if args.runs:
-            draw(*args.runs, args.assets / "rare.png")
-        else:
-            draw_weights(args.assets / "weights.png")
-        return 0
-    except (ValueError, OSError) as e:
-        cm.fail(e)
+    if args.rare:
+        draw_rare(*args.rare, args.assets / "rare.png")
+    else:
+        draw_weights(args.assets / "weights.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

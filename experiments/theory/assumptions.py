@@ -1,16 +1,13 @@
 """Where the theory's assumptions fail, and what alpha_r is.
 
     python -m experiments.theory.assumptions             # a minute; assets/alpha_r.png
-    python -m experiments.theory.assumptions --table     # only the tables and the picture
+    python -m experiments.theory.assumptions --table     # only the table and the picture
 
-First table: theory.py's simulation with one assumption of F.1 broken at a time, against the formula
-that assumes it (assumptions.csv). Second: Assumption F.2 posits an alpha_r that grows from
-0 at rank 0 to 1 at full rank. Measured here: the share of a random gradient's squared norm that
-lies in the tangent space of BA, the directions in which BA can move at all (alpha_r.csv).
+The table: theory.py's simulation with one assumption of F.1 broken at a time, against the formula
+that assumes it (assumptions.csv). The picture: Assumption F.2 posits an alpha_r that grows from 0
+at rank 0 to 1 at full rank. Measured here: the share of a random gradient's squared norm that lies
+in the tangent space of BA, the directions in which BA can move at all (alpha_r.csv).
 """
-
-import sys
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,8 +16,9 @@ import theory
 from experiments import common
 
 N1, N2, SIGMA, DIM = 90, 10, 8.0, 8
+TRIALS = 100_000  # a row of the table
 SHAPES = ((16, 48), (24, 24))  # of the matrices whose tangent spaces are measured
-FACTORS = {"random": "random factors", "start": "LoRA's start, B = 0", "trained": "after training"}
+GRADIENTS = 10  # random ones a rank
 
 # ------------------------------------------------------------------------------------------------
 # Assumption F.1, broken
@@ -71,15 +69,14 @@ def violations():
             ("correlation 0.1 within a class", means, SIGMA, correlated(0.1))]
 
 
-def break_assumptions(trials, seed):
-    """Rows of the first table, one a violation and alpha."""
+def break_assumptions():
+    """Rows of the table, one a violation and alpha."""
     rows = []
     for alpha in (0.0, 0.5):
         formula = float(theory.pi_maj_exact(alpha, N1, N2, 1.0, SIGMA, 0.0))
         for name, means, sigma, noise in violations():
-            estimate = theory.simulate((N1, N2), means, sigma, alpha, trials, seed, noise)
-            inside = min(max(estimate, 1 / trials), 1 - 1 / trials)  # else an error may be 0
-            error = float(theory.standard_error(inside, trials))
+            estimate = theory.simulate((N1, N2), means, sigma, alpha, TRIALS, noise=noise)
+            error = float(theory.standard_error(estimate, TRIALS))
             rows.append({"assumption broken": name, "alpha": str(alpha), "formula": formula,
                          "simulated": estimate, "standard error": error,
                          "difference in s.e.": (estimate - formula) / error})
@@ -122,15 +119,15 @@ def trained_factors(d, k, rank, rng, steps=2000, lr=0.1):
     return b, a
 
 
-def rank_effect(d, k, repeats, seed):
-    """Rows of the second table for d x k matrices, one a rank: the share at random factors, at
-    LoRA's start and after training, mean over `repeats` random gradients; and what random factors
-    and the start should give."""
-    rng = np.random.default_rng(seed)
+def rank_effect(d, k):
+    """Rows of the picture for d x k matrices, one a rank: the share at random factors, at
+    LoRA's start and after training, mean over random gradients; and what random factors and the
+    start should give."""
+    rng = np.random.default_rng(0)
     rows = []
     for rank in range(min(d, k) + 1):
         shares = []
-        for _ in range(repeats):
+        for _ in range(GRADIENTS):
             gradient = rng.standard_normal((d, k))
             b, a = rng.standard_normal((d, rank)), rng.standard_normal((rank, k))
             shares.append((tangent_share(gradient, b, a),
@@ -143,24 +140,12 @@ def rank_effect(d, k, repeats, seed):
     return rows
 
 
-def verdict(share):
-    """In words, whether Assumption F.2 holds for the shares at ranks 0, 1, ..., full rank."""
-    share = np.asarray(share)
-    full = len(share) - 1
-    starts = "yes" if abs(share[0]) < 1e-5 else "NO"
-    grows = "yes" if (np.diff(share) > -0.02).all() else "NO"  # their noise is about 0.01
-    ends = "yes" if abs(share[-1] - 1) < 1e-5 else f"NO ({share[-1]:.2f})"
-    tenth = np.interp(0.1 * full, range(full + 1), share)
-    return (f"0 at rank 0 {starts}, grows {grows}, 1 at full rank {ends}; "
-            f"at a tenth of full rank {tenth:.2f}")
-
-
 # ------------------------------------------------------------------------------------------------
-# Tables and the picture
+# Table and picture
 
 
 def table(rows):
-    """The first table, as text."""
+    """As text: what was simulated beside what the formula says."""
     number = common.numbers(rows, ("assumption broken", "alpha"))
     return common.markdown({
         "assumption broken": rows["assumption broken"], "α": rows["alpha"],
@@ -168,21 +153,6 @@ def table(rows):
         "simulated": number["simulated"].map("{:.4f}".format),
         "difference": (number["simulated"] - number["formula"]).map("{:+.4f}".format),
         "in standard errors": number["difference in s.e."].map("{:.1f}".format)})
-
-
-def rank_table(rows):
-    """The second table, at each eighth of full rank, and the verdicts on all ranks, as text."""
-    shown, lines = [], []
-    for (d, k), mine in rows.groupby(["d", "k"], sort=False):
-        size = f"{d:.0f} × {k:.0f}"
-        for _, r in mine[mine["rank"] * 8 % min(d, k) == 0].iterrows():
-            shown.append({"matrix": size, "rank": f"{r['rank']:.0f}",
-                          "random factors": f"{r['random']:.3f}",
-                          "1 − (1 − r/d)(1 − r/k)": f"{r['random, formula']:.3f}",
-                          "B = 0": f"{r['start']:.3f}", "r/k": f"{r['start, formula']:.3f}",
-                          "after training": f"{r['trained']:.3f}"})
-        lines += [f"{size}, {name}: {verdict(mine[column])}" for column, name in FACTORS.items()]
-    return "\n".join([common.markdown(shown), "", *lines])
 
 
 def draw(rows, path):
@@ -202,38 +172,19 @@ def draw(rows, path):
     common.save(figure, path)
 
 
+@common.interruptible
 def main(argv=None):
-    parser = common.parser(__file__, __doc__, rows=False)
-    parser.error = theory.fail
-    parser.add_argument("--trials", type=int, default=100_000)
-    parser.add_argument("--repeats", type=int, default=10, help="random gradients a rank")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=common.HERE.parent,
-                        help="where experiments/results/ and assets/ lie")
-    parser.add_argument("--table", action="store_true",
-                        help="run nothing; show the tables and draw the picture of the rows")
+    parser = common.parser(__file__, __doc__)
     args = parser.parse_args(argv)
-    results = args.out / "experiments" / "results"
-    try:
-        if min(args.trials, args.repeats) < 1 or args.seed < 0:
-            raise ValueError(f"--trials is {args.trials}, --repeats {args.repeats}, --seed "
-                             f"{args.seed}; they must be at least 1, 1 and 0")
-        if not args.table:
-            rows = break_assumptions(args.trials, args.seed)
-            common.write_rows(results / "assumptions.csv", common.text(rows))
-            ranks = [row for d, k in SHAPES for row in rank_effect(d, k, args.repeats, args.seed)]
-            common.write_rows(results / "alpha_r.csv", common.text(ranks))
-        broken = common.read_table(results / "assumptions.csv")
-        ranks = common.numbers(common.read_table(results / "alpha_r.csv"), ())
-        print(f"N_1 = {N1}, N_2 = {N2}, σ/μ = {SIGMA:g}, orthogonal means\n")
-        print(table(broken))
-        print("\nα_r as the share of a random d × k gradient in the tangent space of BA\n")
-        print(rank_table(ranks))
-        draw(ranks, args.out / "assets" / "alpha_r.png")
-        return 0
-    except (ValueError, OSError) as e:
-        theory.fail(e)
+    of_ranks = args.rows.with_name("alpha_r.csv")
+    if not args.table:
+        common.write_rows(args.rows, common.text(break_assumptions()))
+        common.write_rows(of_ranks, common.text([r for d, k in SHAPES for r in rank_effect(d, k)]))
+    broken = common.read_table(args.rows)
+    print(f"N_1 = {N1}, N_2 = {N2}, σ/μ = {SIGMA:g}, orthogonal means\n")
+    print(table(broken))
+    draw(common.numbers(common.read_table(of_ranks), ()), args.assets / "alpha_r.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

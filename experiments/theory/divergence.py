@@ -1,34 +1,32 @@
 """Why Eq. (2) runs off, and what w_div = 0.2 and the fuse do about it.
 
-    python -m experiments.theory.divergence               # what has no row yet
-    python -m experiments.theory.divergence --table       # only the table; assets/divergence.png if the
-                                                   # logs of its runs are in --runs
+    python -m experiments.theory.divergence            # what has no row yet
+    python -m experiments.theory.divergence --table    # only the table; assets/divergence.png where
+                                                       # --runs has the logs
 Where a class's weight w is negative, L_CM has no lower bound in eps_theta_g, and where 1 + lam w is
 not positive either, the loss has none in eps_theta. So CM is trained with w_div 1 (Eq. 2 as
 printed) and 0.2 (the authors' code), without a fuse (inf, as the authors) and with ours, 0.1. A run
 is a row: the first logged step at which d on Few, a mean over the steps since the log's last row,
-is above 0.1, and the first at which the base loss is twice the lowest before; "" is never.
+is above 0.1, and the first at which the base loss is twice the lowest before.
 *small* is the default run's network and data, *large* one that is large for its data.
 Options that aren't its own go to cm.py. Rows: divergence.csv.
 """
 
 import itertools
-import sys
 
 from matplotlib.figure import Figure
 
 import cm
 from experiments import common
 
-MARGINS = ("inf", "0.1")
+FUSES = ("inf", "0.1")
 RATES = ("3e-3", "2e-4")
 # {name: (images in the largest class, IRs, w_divs, options for cm.py)}; IR 600 would leave large's
 # rarest class empty
 SETTINGS = {"small": (1000, (100, 600), ("1", "0.2"), []),
             "large": (200, (100,), ("0.2",), ["--image-size", "8", "--channels", "32"])}
-KEY = ["setting", "IR", "w_div", "lr", "margin", "seed"]  # a run's
-STEPS = ["d above 0.1", "base doubled"]
-WORDS = ("setting", "lr", "margin", "end", "options")
+KEY = ["setting", "IR", "w_div", "lr", "fuse", "seed"]  # a run's
+MEASURED = ("d on Few above 0.1 at step", "base loss doubled at", "last d, Few", "last base loss")
 UNUSED = ("n_max", "ir", "image_size", "channels", "w_div", "lr", "div_margin", "no_cm", "seed",
           "run", "sampling")  # options of cm.py, and groups
 ABOVE = 0.1  # d, some 50 times what dropout makes of it
@@ -37,7 +35,7 @@ ABOVE = 0.1  # d, some 50 times what dropout makes of it
 def keys(seeds):
     """{column of KEY: value} of every run."""
     for seed, (setting, (_, irs, w_divs, _)) in itertools.product(seeds, SETTINGS.items()):
-        for values in itertools.product(irs, w_divs, RATES, MARGINS):
+        for values in itertools.product(irs, w_divs, RATES, FUSES):
             yield dict(zip(KEY, (setting, *values, seed), strict=True))
 
 
@@ -45,25 +43,29 @@ def directory(key, runs):
     return runs / "-".join(str(value) for value in key.values())
 
 
+def read_log(key, runs):
+    return common.numbers(common.read_rows(directory(key, runs) / "log.csv"), ())
+
+
 def first(log, where):
-    """The step of the first row of a log at which `where` holds, or ""."""
-    return "" if not where.any() else int(log["step"][where].iloc[0])
+    """The step of the first row of a log at which `where` holds."""
+    return int(log["step"][where].iloc[0]) if where.any() else "never"
 
 
 def measure(key, runs, flags):
     """A row: train, or go on."""
     n_max, _, _, own = SETTINGS[key["setting"]]
     own = [*own, "--n-max", n_max, "--ir", key["IR"], "--w-div", key["w_div"], "--lr", key["lr"],
-           "--div-margin", key["margin"], "--seed", key["seed"]]
-    out = directory(key, runs)
-    end = common.run([*flags, *map(str, own)], out)
-    log = common.numbers(common.read_rows(out / "log.csv"), ())
-    row = dict.fromkeys(STEPS, "")
+           "--div-margin", key["fuse"], "--seed", key["seed"]]
+    end = common.run([*flags, *map(str, own)], directory(key, runs))
+    row = key | {"n_max": n_max, "end": end or "finished"} | dict.fromkeys(MEASURED, "–")
+    log = read_log(key, runs)
     if len(log):  # else it ran off before there was a row
         doubled = log["base"] > 2 * log["base"].cummin()
-        row = dict(zip(STEPS, (first(log, log["d_Few"] > ABOVE), first(log, doubled)), strict=True))
-        row |= {"d Few": log["d_Few"].iloc[-1], "base": log["base"].iloc[-1]}
-    return key | row | {"end": end or "finished"}
+        found = (first(log, log["d_Few"] > ABOVE), first(log, doubled),
+                 *(f"{log[name].iloc[-1]:.2g}" for name in ("d_Few", "base")))
+        row |= zip(MEASURED, found, strict=True)
+    return row
 
 
 def study(args, flags):
@@ -79,47 +81,32 @@ def table(rows):
     """As text: of each setting what its seeds did, beside 1 + lam w of the rarest class."""
     shown = []
     for values, runs in rows.groupby(KEY[:-1], sort=False):
-        setting, ir, w_div, lr, margin = values
-        counts = cm.class_counts(SETTINGS[setting][0], ir, 10)
-        w = cm.capacity_weights(counts, w_div=w_div).min().item()
-        steps = {name: ", ".join("never" if step != step else f"{step:,.0f}" for step in runs[name])
-                 for name in STEPS}
-        ended = [end for end in runs["end"] if end != "finished"]
-        shown.append({
-            "setting": setting, "IR": f"{ir:g}", "w_div": f"{w_div:g}",
-            "1 + λw, rarest": f"{1 + w:.2f}", "lr": lr, "fuse": margin, "seeds": len(runs),
-            "d on Few above 0.1 at step": steps[STEPS[0]], "base loss doubled at": steps[STEPS[1]],
-            "last d, Few": ", ".join(f"{d:.2g}" for d in runs["d Few"]),
-            "last base loss": ", ".join(f"{loss:.2g}" for loss in runs["base"]),
-            "not finished": ", ".join(ended)})
+        run = runs.iloc[0]
+        counts = cm.class_counts(int(run["n_max"]), float(run["IR"]), 10)
+        w = cm.capacity_weights(counts, w_div=float(run["w_div"])).min()
+        shown.append(dict(zip(KEY, values, strict=False)) | {"1 + λw, rarest": f"{1 + w:.2f}"}
+                     | {name: ", ".join(runs[name]) for name in ("seed", *MEASURED)}
+                     | {"end": ", ".join(runs["end"].unique())})
     return common.markdown(shown)
-
-
-def shown_runs(seed):
-    """{title: {margin: a run's key}} of the picture."""
-    runs = {}
-    for key in keys([seed]):
-        if key["IR"] == 100 and key["lr"] == RATES[0]:
-            title = f"{key['setting']}, w_div {key['w_div']}, lr {key['lr']}"
-            runs.setdefault(title, {})[key["margin"]] = key
-    return runs
 
 
 def draw(seed, runs, path):
     """d on Few (top) and the base loss (bottom) over steps, without and with the fuse; nothing
     where a log is lacking."""
-    shown = shown_runs(seed)
-    logs = {directory(key, runs) / "log.csv" for pair in shown.values() for key in pair.values()}
-    if not all(log.is_file() for log in logs):
-        return
+    shown = {}  # {title: the keys of its runs}
+    for key in keys([seed]):
+        if key["IR"] == 100 and key["lr"] == RATES[0]:
+            title = f"{key['setting']}, w_div {key['w_div']}, lr {key['lr']}"
+            shown.setdefault(title, []).append(key)
+            if not (directory(key, runs) / "log.csv").is_file():
+                return
     figure = Figure(figsize=(3.2 * len(shown) + 1, 5.2), layout="constrained")
     axes = figure.subplots(2, len(shown), squeeze=False, sharey="row")
     for i, (title, pair) in enumerate(shown.items()):
-        for (margin, key), line in zip(pair.items(), ("C3-", "C0--"), strict=True):
-            log = common.numbers(common.read_rows(directory(key, runs) / "log.csv"), ())
-            label = "no fuse" if margin == "inf" else f"fuse {margin}"
+        for key, line in zip(pair, ("C3-", "C0--"), strict=True):
+            log = read_log(key, runs)
             for axis, column in zip(axes[:, i], ("d_Few", "base"), strict=True):
-                axis.plot(log["step"], log[column], line, lw=1, label=label)
+                axis.plot(log["step"], log[column], line, lw=1, label=f"fuse {key['fuse']}")
         axes[0, i].set(title=title)
         axes[1, i].set(xlabel="step")
     axes[0, 0].set(ylabel="d = ‖ε_θ − ε_θg‖², Few")
@@ -135,16 +122,11 @@ def draw(seed, runs, path):
 def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(20, 21, 22))
     args, flags = parser.parse_known_args(argv)
-    try:
-        if not args.table:
-            study(args, flags)
-        rows = common.numbers(common.read_table(args.rows, [*KEY, *STEPS]), WORDS)
-        print(table(rows))
-        draw(args.seeds[0], args.runs, args.assets / "divergence.png")
-        return 0
-    except (ValueError, OSError) as e:
-        cm.fail(e)
+    if not args.table:
+        study(args, flags)
+    print(table(common.read_table(args.rows, [*KEY, *MEASURED])))
+    draw(args.seeds[0], args.runs, args.assets / "divergence.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

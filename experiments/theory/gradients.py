@@ -4,24 +4,23 @@ Theorem 2.1.
     python -m experiments.theory.gradients
     python -m experiments.theory.gradients --table       # only the tables, and assets/gradients.png
 
-Trains DDPM and CM, a run a seed (options that aren't its own go to cm.py), and stops at `--at`
-steps. There, for three decoder convolutions, `torch.func` gives each sample's gradient of Eq. (4).
-A weight is one output filter, a row of W. Samples of a class fall into three parts: A gives v, the
-difference of the means' directions, mu_1 / |mu_1| - mu_2 / |mu_2|; B the quantities of Assumption
-F.1; C is held out. With N = 100 gradients of C, a share `a` of the largest class, a weight is
-dominated where their sum . v > 0: the update's angle to mu_1 is the smaller one. Where the means
-are equally long, as F.1 has it, that is theory.py's criterion.
+Trains DDPM and CM, a run a seed (options that aren't its own go to cm.py), and stops after 100, 500
+and 2,000 steps. There, for three decoder convolutions, `torch.func` gives each sample's gradient of
+Eq. (4). A weight is one output filter, a row of W. Samples of a class fall into three parts: A
+gives v, the difference of the means' directions, mu_1 / |mu_1| - mu_2 / |mu_2|; B the quantities of
+Assumption F.1; C is held out. With N = 100 gradients of C, a share `a` of the largest class, a
+weight is dominated where their sum . v > 0: the update's angle to mu_1 is the smaller one. Where
+the means are equally long, as F.1 has it, that is theory.py's criterion.
 
 Columns of gradients.csv:
 part          what the gradient is of: W (DDPM), W_g, BA (through A and B: g_B A + B g_A), or
               W_g+BA, where W moves
 mu_1, mu_2    root mean square over weights of the means' lengths, without the bias
-              sigma^2 dim / n (products of two parts)
+              sigma^2 dim / n (products of two parts); nan where the noise hides the mean
 sigma_1, sigma_2, cos
               of Assumption F.1
 quality       how much of |mu_1 - mu_2| lies along v, below 1 because v is an estimate
 anisotropy    variance along v over the mean variance; median over weights and classes
-kurtosis      excess along v, likewise
 predicted     (F.7), its argument times the quality
 projected     (F.7) without equal means, equal spread and isotropy, from each weight's own mean and
               variance along v
@@ -29,25 +28,23 @@ observed      share of weights dominated, mean over batches
 """
 
 import itertools
-import sys
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.special import ndtr, ndtri
-from scipy.stats import kurtosis
 from torch.func import functional_call, grad, vmap
 
 import cm
 import theory
 from experiments import common
 
+STOPS, SAMPLES = (100, 500, 2000), 3000  # steps; per-sample gradients a class
 RATIOS, N, BATCHES = (0.5, 0.6, 0.75, 0.9, 0.99), 100, 500
 METHODS = {"DDPM": ["--no-cm"], "CM": []}
 KEY = ["method", "step", "seed"]
 UNUSED = ("sampling", "seed", "steps", "no_cm", "base", "out", "resume", "overwrite")
 WORDS = ("method", "options", "layer", "part")
-SMALL = 1e-300  # instead of a division by 0
 
 
 def per_sample_gradients(losses, names, x0, y, t, eps, chunk_size=32):
@@ -84,7 +81,7 @@ def parts(gradients, name, layer):
 
 def unit(x):
     """Each row of x at length 1."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), SMALL)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def dot(x, y):
@@ -97,41 +94,36 @@ def estimate(g1, g2, seed=0):
     minority (g2): the columns named above from mu_1 on."""
     (a1, b1, c1), (a2, b2, c2) = (np.array_split(g.double().numpy(), 3) for g in (g1, g2))
     mean_a1, mean_b1, mean_a2, mean_b2 = (part.mean(0) for part in (a1, b1, a2, b2))
-    square = np.maximum([dot(mean_a1, mean_b1), dot(mean_a2, mean_b2)], 0)
-    mu = np.sqrt(square)
-    cos = (dot(mean_a1, mean_b2) + dot(mean_b1, mean_a2)) / 2 / max(mu[0] * mu[1], SMALL)
+    mu = np.sqrt([dot(mean_a1, mean_b1), dot(mean_a2, mean_b2)])
+    cos = (dot(mean_a1, mean_b2) + dot(mean_b1, mean_a2)) / 2 / (mu[0] * mu[1])
     variance = [b.var(0, ddof=1) for b in (b1, b2)]  # [rows, columns]
     sigma = np.sqrt([v.mean() for v in variance])
 
     v = unit(unit(mean_a1) - unit(mean_a2))
-    length = np.sqrt(max(dot(mean_a1 - mean_a2, mean_b1 - mean_b2), SMALL))
-    quality = max(dot(v, mean_b1 - mean_b2), 0) / length
+    quality = dot(v, mean_b1 - mean_b2) / np.sqrt(dot(mean_a1 - mean_a2, mean_b1 - mean_b2))
     along_b1, along_b2, along_c1, along_c2 = (np.einsum("nrc,rc->nr", part, v)
                                               for part in (b1, b2, c1, c2))
     anisotropy = [along.var(0, ddof=1) / of_class.mean(1)
                   for along, of_class in zip((along_b1, along_b2), variance, strict=True)]
     row = {"mu_1": mu[0], "mu_2": mu[1], "sigma_1": sigma[0], "sigma_2": sigma[1], "cos": cos,
-           "quality": quality, "anisotropy": np.median(anisotropy),
-           "kurtosis": np.median([kurtosis(along_b1), kurtosis(along_b2)])}
+           "quality": quality, "anisotropy": np.median(anisotropy)}
 
     # F.1 has one length and one spread for both classes: their root mean squares
-    mean_mu, mean_sigma = np.sqrt(square.mean()), np.sqrt((sigma**2).mean())
-    known = mean_mu > 0 and -1 <= cos < 1  # estimates of small means can leave the range
+    mean_mu, mean_sigma = np.sqrt((mu**2).mean()), np.sqrt((sigma**2).mean())
     rng = np.random.default_rng(seed)
     rows = []
     for a in RATIOS:
         n1 = round(a * N)
         n2 = N - n1
         predicted = np.nan
-        if known:
-            argument = ndtri(theory.pi_maj(a, N, mean_mu, mean_sigma, cos))
-            predicted = ndtr(quality * argument)
+        if abs(cos) <= 1:  # estimates of small means can leave the range
+            predicted = ndtr(quality * ndtri(theory.pi_maj(a, N, mean_mu, mean_sigma, cos)))
         mean = n1 * along_b1.mean(0) + n2 * along_b2.mean(0)
         spread = np.sqrt(n1 * along_b1.var(0, ddof=1) + n2 * along_b2.var(0, ddof=1))
         sums = np.array([draw_sum(rng, along_c1, n1) + draw_sum(rng, along_c2, n2)
                          for _ in range(BATCHES)])
         rows.append(row | {"a": a, "predicted": predicted, "projected": ndtr(mean / spread).mean(),
-                           "observed": (sums > 0).mean(1).mean()})
+                           "observed": (sums > 0).mean()})
     return rows
 
 
@@ -140,10 +132,10 @@ def draw_sum(rng, along, n):
     return along[rng.choice(len(along), n, False)].sum(0)
 
 
-def measure(checkpoint, samples):
-    """Rows of one checkpoint, layer x part x ratio, from `samples` training images (with repeats,
-    flips as in training, fresh noise and times, drawn by the run's seed) each of the largest and of
-    the smallest class. Raises ValueError."""
+def measure(checkpoint):
+    """Rows of one checkpoint, layer x part x ratio, from SAMPLES training images (with repeats,
+    fresh noise and times, drawn by the run's seed) each of the largest and of the smallest class.
+    Raises ValueError."""
     config, unet, counts = cm.load_trained(checkpoint, "model")
     data = cm.Data(config)
     losses = cm.CapacityManipulation.from_config(unet.train(), data.counts, config)
@@ -153,10 +145,8 @@ def measure(checkpoint, samples):
     torch.manual_seed(config.seed)
     of_class = []
     for k in (int(np.argmax(counts)), int(np.argmin(counts))):
-        x0 = cm.to_float(data.images[data.starts[k] + torch.randint(counts[k], (samples,))])
-        if config.flip:
-            x0 = torch.where(torch.rand(samples, 1, 1, 1) < 0.5, x0.flip(3), x0)
-        y, t = torch.full((samples,), k), torch.randint(cm.T, (samples,))
+        x0 = cm.to_float(data.images[data.starts[k] + torch.randint(counts[k], (SAMPLES,))])
+        y, t = torch.full((SAMPLES,), k), torch.randint(cm.T, (SAMPLES,))
         eps = torch.randn_like(x0)
         of_class.append(per_sample_gradients(losses, names, x0, y, t, eps))
     rows = []
@@ -168,35 +158,21 @@ def measure(checkpoint, samples):
     return rows
 
 
-def study(path, runs, stops, samples, flags, seeds):
+def study(args, flags):
     """Train both methods, a run a seed, from stop to stop and measure at each, but for what has
     rows already. Raises ValueError, also where a run runs off."""
     flags, *_ = common.configured(flags, UNUSED, warmup="100")
-    options = f"{common.settings(flags)} --samples {samples}"
-    for seed, (method, own), stop in itertools.product(seeds, METHODS.items(), sorted(stops)):
+    options = f"{common.settings(flags)} --samples {SAMPLES}"
+    for seed, (method, own), stop in itertools.product(args.seeds, METHODS.items(), STOPS):
         key = dict(zip(KEY, (method, stop, seed), strict=True))
-        if not common.has_row(path, options, **key):
-            out = runs / f"{method}-{seed}"
+        if not common.has_row(args.rows, options, **key):
+            out = args.runs / f"{method}-{seed}"
             ran_off = common.run([*flags, *own, "--base", "ddpm", "--seed", str(seed),
                                   "--steps", str(stop)], out)
             if ran_off:
                 raise ValueError(f"{out}: the loss is {ran_off}")
-            common.add_rows(path, options,
-                            [key | row for row in measure(out / "checkpoint.pt", samples)])
-
-
-def ratio(x, y):
-    return np.divide(x, y, out=np.full(len(x), np.nan), where=np.asarray(y) > 0)
-
-
-def with_ratios(rows):
-    """The rows with what the tables show besides: ratios of the classes' means and spreads, and the
-    spread over the mean's length."""
-    mu = np.sqrt((rows["mu_1"]**2 + rows["mu_2"]**2) / 2)
-    sigma = np.sqrt((rows["sigma_1"]**2 + rows["sigma_2"]**2) / 2)
-    return rows.assign(mu_ratio=ratio(rows["mu_1"], rows["mu_2"]),
-                       sigma_ratio=ratio(rows["sigma_1"], rows["sigma_2"]),
-                       sigma_over_mu=ratio(sigma, mu))
+            rows = [key | row for row in measure(out / "checkpoint.pt")]
+            common.add_rows(args.rows, options, rows)
 
 
 def summary(rows):
@@ -204,7 +180,7 @@ def summary(rows):
     was observed: the absolute difference, averaged over layers, steps and ratios, mean ± standard
     deviation over seeds."""
     shown = []
-    for part, mine in with_ratios(rows).groupby("part", sort=False):
+    for part, mine in rows.groupby("part", sort=False):
         error = {k: (mine[k] - mine["observed"]).abs().groupby(mine["seed"]).mean()
                  for k in ("predicted", "projected")}
         shown.append({
@@ -221,68 +197,51 @@ def table(rows):
     """As text: what was estimated for each method, step, part and layer, mean ± standard deviation
     over seeds."""
     shown = []
-    keys = ["method", "step", "part", "layer"]
-    digits = {"‖μ_1‖/‖μ_2‖": ("mu_ratio", 2), "σ_1/σ_2": ("sigma_ratio", 2),
-              "σ/μ": ("sigma_over_mu", 1), "cos": ("cos", 2), "quality": ("quality", 2),
-              "anisotropy": ("anisotropy", 1), "kurtosis": ("kurtosis", 1)}
-    for (method, step, part, layer), mine in with_ratios(rows).groupby(keys, sort=False):
-        row = {"method, step": f"{method}, {step:.0f}", "gradient of": part, "layer": layer}
-        of_ratio = {a: mine[mine["a"] == a] for a in RATIOS}
-        row |= {name: common.spread(of_ratio[RATIOS[0]][column], n)  # the same for all ratios
-                for name, (column, n) in digits.items()}
+    for values, mine in rows.groupby(["method", "step", "part", "layer"], sort=False):
+        method, step, part, layer = values
+        once = mine[mine["a"] == RATIOS[0]]  # these are the same for all ratios
+        row = {"method, step": f"{method}, {step:.0f}", "gradient of": part, "layer": layer,
+               "‖μ_1‖/‖μ_2‖": common.spread(once["mu_ratio"], 2),
+               "cos": common.spread(once["cos"], 2),
+               "anisotropy": common.spread(once["anisotropy"], 1)}
         for a in RATIOS[1:4]:
             row[f"Π_maj at a = {a:g}: (F.7) / projected / observed"] = " / ".join(
-                common.spread(of_ratio[a][kind], 2) for kind in ("predicted", "projected",
-                                                                 "observed"))
+                common.spread(mine.loc[mine["a"] == a, kind], 2)
+                for kind in ("predicted", "projected", "observed"))
         shown.append(row)
     return common.markdown(shown)
 
 
 def draw(rows, path):
-    """Predicted against observed Pi_maj, and the observed one over training steps at a = 0.9."""
-    figure = Figure(figsize=(10.4, 3.8), layout="constrained")
-    axes = figure.subplots(1, 3)
-    colours = {"W": "C0", "W_g": "C1", "BA": "C2", "W_g+BA": "C3"}
-    for part, mine in rows.groupby("part", sort=False):
-        colour = colours[part]
-        label = "DDPM: W" if part == "W" else f"CM: {part}"
-        for axis, kind in zip(axes, ("predicted", "projected"), strict=False):
-            axis.plot(mine[kind], mine["observed"], "o", ms=3, alpha=0.6, color=colour, label=label)
-        for _, of_run in mine[mine["a"] == 0.9].groupby(["layer", "seed"], sort=False):
-            axes[2].plot(of_run["step"], of_run["observed"], "o-", lw=1, ms=3, color=colour,
-                         alpha=0.7)
-    for axis, title in zip(axes, ("(F.7)", "without F.1's equalities"), strict=False):
+    """Predicted against observed Pi_maj."""
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    titles = {"predicted": "(F.7)", "projected": "without F.1's equalities"}
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        for part, mine in rows.groupby("part", sort=False):
+            label = "DDPM: W" if part == "W" else f"CM: {part}"
+            axis.plot(mine[kind], mine["observed"], "o", ms=3, alpha=0.6, label=label)
         axis.plot([0, 1], [0, 1], "k", lw=0.8)
-        axis.set(xlabel=f"Π_maj predicted, {title}", ylabel="observed share of weights")
-    axes[0].legend(fontsize=8)
-    axes[2].set(xlabel="step", ylabel="observed share, a = 0.9", xscale="log")
-    for axis in axes:
+        axis.set(xlabel=f"Π_maj predicted, {title}")
         axis.grid(alpha=0.3)
+    axes[0].set(ylabel="observed share of weights")
+    axes[0].legend(fontsize=8)
     common.save(figure, path)
 
 
 @common.interruptible
 def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
-    parser.add_argument("--at", type=int, nargs="+", default=[100, 500, 2000],
-                        help="steps to measure at")
-    parser.add_argument("--samples", type=int, default=3000, help="per-sample gradients a class")
     args, flags = parser.parse_known_args(argv)
-    try:
-        if args.samples < 3 * N or min(args.at) < 1:
-            raise ValueError(f"--samples is {args.samples}, --at {min(args.at)}; "
-                             f"they must be at least {3 * N} and 1")
-        if not args.table:
-            study(args.rows, args.runs, args.at, args.samples, flags, args.seeds)
-        rows = common.numbers(common.read_table(args.rows, KEY), WORDS)
-        print(table(rows))
-        print()
-        print(summary(rows))
-        draw(rows, args.assets / "gradients.png")
-        return 0
-    except (ValueError, OSError) as e:
-        cm.fail(e)
+    if not args.table:
+        study(args, flags)
+    rows = common.numbers(common.read_table(args.rows, KEY), WORDS)
+    rows["mu_ratio"] = rows["mu_1"] / rows["mu_2"]
+    print(table(rows))
+    print()
+    print(summary(rows))
+    draw(rows, args.assets / "gradients.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
