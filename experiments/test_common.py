@@ -1,0 +1,340 @@
+"""Tests of what the chapters share, of benchmark, picture and make_fashion16; and of every chapter:
+its rows, its table.md, its README, what its script says to bad input."""
+
+import importlib
+import math
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # whatever pytest's import mode
+import cm
+
+pd = pytest.importorskip("pandas")
+pytest.importorskip("tabulate")
+from experiments import common  # noqa: E402
+
+torch.set_num_threads(1)  # pytest -n 2 runs two processes; results repeat with as many threads
+HERE = Path(__file__).parent
+MINIATURE = ["--channels", "8", "--multipliers", "1", "2", "--image-size", "8",
+             "--batch-size", "8", "--warmup", "1", "--log-every", "2"]
+
+# ------------------------------------------------------------------------------------------------
+# Every chapter
+
+WITH_ROWS = sorted(path for path in HERE.rglob("*.py")
+                   if "common.parser(__file__, __doc__" in path.read_text()
+                   and "rows=False" not in path.read_text() and "test_" not in path.name)
+TABLES = {path: path.with_name("table.md" if path.stem == "__main__" else f"{path.stem}.md")
+          for path in WITH_ROWS}
+READMES = sorted(HERE.rglob("README.md"))
+
+
+def name_of(path):
+    return str(path.relative_to(HERE))
+
+
+def module(path):
+    return importlib.import_module(".".join(path.relative_to(HERE.parent).with_suffix("").parts))
+
+
+@pytest.mark.parametrize("path", [path for path in WITH_ROWS if TABLES[path].is_file()],
+                         ids=name_of)
+def test_a_table_is_printed_as_its_file_shows_it(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # without runs/
+    module(path).main(["--table", "--assets", str(tmp_path)])
+    assert capsys.readouterr().out == TABLES[path].read_text()
+
+
+@pytest.mark.parametrize("path", sorted(HERE.rglob("*.csv")), ids=name_of)
+def test_committed_rows_are_rewritten_to_the_byte(path, tmp_path):
+    common.write_rows(tmp_path / "rows.csv", common.read_rows(path))
+    assert (tmp_path / "rows.csv").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("script, arguments, says", [
+    *[(name_of(path), "--table", "has no rows") for path in WITH_ROWS],
+    ("study/__main__.py", "--jobs 0", "--jobs is 0"),
+    ("study/__main__.py", "--steps x", "invalid int"),
+    ("study/__main__.py", "--table --lr 1", "--lr has no meaning beside --table"),
+    ("theory/divergence.py", "--lr 1", "--lr has no meaning"),
+    ("theory/gradients.py", "--seed 5", "type --seeds"),
+    ("theory/gradients.py", "--seeds 5 5", "different numbers"),
+    ("theory/gradients.py", "--batch-size 0", "--batch-size is 0"),
+    ("theory/pruning.py", "", "type the checkpoint.pt"),
+    ("theory/pruning.py", "none.pt", "can't be loaded"),
+    ("theory/assumptions.py", "--trials 5", "unrecognized arguments"),
+    ("benchmark.py", "--preset huge", "invalid choice"),
+    ("picture.py", "--rare one.pt", "expected 2 arguments"),
+    ("picture.py", "--rare none.pt none.pt", "can't be loaded")])
+def test_bad_input_is_one_line_and_status_2(script, arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = ["--rows", "rows.csv", "--assets", "."] if HERE / script in WITH_ROWS else []
+    with pytest.raises(SystemExit) as stopped:
+        module(HERE / script).main(own + arguments.split())
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and says in err and len(err.splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commands_of_readmes_parse(capsys):
+    of_cm = {"--" + name.replace("_", "-") for name in cm.Config.__dataclass_fields__}
+    commands = [(path, *command) for path in READMES for command in re.findall(
+        r"python -m experiments\.([\w.]+)([^\n`#]*)", path.read_text())]
+    assert len(commands) > 5
+    for path, script, arguments in commands:
+        place = HERE.joinpath(*script.split("."))
+        place = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+        assert place.is_file(), (path, script)
+        with pytest.raises(SystemExit):
+            module(place).main(["--help"])
+        own = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        assert set(re.findall(r"--[a-z][a-z-]*", arguments)) <= own | of_cm, (path, script)
+
+
+@pytest.mark.parametrize("path", READMES, ids=name_of)
+def test_a_readme_is_short_its_verdict_first_its_links_whole(path):
+    text = path.read_text()
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert lines[0].startswith("# ") and lines[1].startswith("**")
+    if path.parent.name != "exercises":
+        assert len(text.splitlines()) <= (100 if path.parent == HERE else 120)
+    prose = re.sub(r"```.*?```", "", text, flags=re.S).splitlines()
+    assert max(len(line) for line in prose if not line.startswith("|")) <= 100
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert "://" in link or (path.parent / link).exists(), link
+
+
+# ------------------------------------------------------------------------------------------------
+# common.py: rows and options
+
+
+def test_rows_are_added_looked_up_and_replaced(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    assert not common.has_row(path, "--lr 1", method="A", seed=1)
+    common.add_rows(path, "--lr 1", [dict(method="A, m", seed=1, x=1 / 3)])
+    common.add_rows(path, "--lr 1", [dict(method="B", seed=s, y=math.nan) for s in (2, 3)])
+    assert path.read_text() == ('method,seed,x,options,y\n"A, m",1,0.333333,--lr 1,\n'
+                                'B,2,,--lr 1,nan\nB,3,,--lr 1,nan\n')
+    found = [(m, s) for m in ("A, m", "B") for s in (1, 2, 3) if common.has_row(
+        path, "--lr 1", method=m, seed=s)]
+    assert found == [("A, m", 1), ("B", 2), ("B", 3)]
+    for call in (common.has_row, lambda *a: common.add_rows(*a, [dict(seed=1)])):
+        with pytest.raises(ValueError, match="other options \\(--lr 1\\)"):
+            call(path, "--lr 2")
+    with pytest.raises(ValueError, match="no column 'z'"):
+        common.read_table(path, ["x", "z"])
+
+    new = common.text([dict(method="B", seed=2, x=2.0, options="")])
+    rows = common.replace_rows(common.read_rows(path), new, ["method", "seed"])
+    assert rows[["seed", "x", "y"]].to_numpy().tolist() == [
+        ["1", "0.333333", ""], ["3", "", "nan"], ["2", "2", ""]]
+    number = common.numbers(rows, ("method", "options"))
+    assert number["x"].tolist()[::2] == [0.333333, 2] and number["y"].isna().all()
+
+
+def test_options_of_cm_and_of_a_table():
+    flags, config, typed = common.configured(
+        ["--lam", "2", "--guidance=1"], ["base", "sampling"], ["guidance"], n_max="40", lam="3")
+    assert flags == ["--lam", "2", "--guidance=1", "--dataset", "fashion16", "--n-max", "40"]
+    assert (config.lam, config.guidance, config.n_max, config.image_size) == (2, 1, 40, 16)
+    assert typed == {"lam", "guidance", "dataset", "n_max"}
+    settings = common.settings
+    assert settings(["--data", "X", "--lam=2"]) == settings(["--lam", "2", "--data=Y Z"])
+    assert settings(["--steps", "3", "--lr", "1"]) == "--lr 1 --steps 3"
+
+
+def test_a_run_goes_on_and_says_where_it_ran_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(cm, "report", lambda *_: None)
+    out, networks = tmp_path / "run", []
+    out.mkdir()
+    (out / "log.csv").write_text("killed before there was a checkpoint")
+
+    def network(*args):
+        networks.append(args)
+        return cm.make_unet(*args)
+
+    for steps in ("2", "3", "3"):
+        assert common.run([*MINIATURE, "--steps", steps], out, network=network) == ""
+    assert len(networks) == 2  # what is finished isn't touched
+    assert common.read_rows(out / "log.csv")["step"].tolist() == ["2", "3"]
+    draw, made = cm.draw_batch, [*MINIATURE, "--steps", "9"]
+
+    def runs_off(data, config, size, step, rank):
+        x0, *rest = draw(data, config, size, step, rank)
+        return (x0 + (math.inf if step == 6 else 0), *rest)
+
+    monkeypatch.setattr(cm, "draw_batch", runs_off)
+    for _ in range(2):  # again from its last good checkpoint
+        assert common.run(made, out) == "not finite between steps 4 and 6"
+    with pytest.raises(ValueError, match="--lr is 1.0"):
+        common.run([*made, "--lr", "1"], out)
+
+
+# ------------------------------------------------------------------------------------------------
+# common.py: statistics, tables, samples
+
+
+def test_paired_interval_against_scipy():
+    from scipy import stats
+    a, b = (pd.Series(values, [3, 1, 0, 2]) for values in np.random.RandomState(0).rand(2, 4))
+    mean, half, n = common.difference(a, b)
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert n == 4 and np.allclose([mean - half, mean + half], [low, high])
+    mean, half, n = common.difference(a, b[[2, 0]][::-1])  # seeds of one alone don't count
+    low, high = stats.ttest_rel(a[[0, 2]], b[[0, 2]]).confidence_interval(0.95)
+    assert n == 2 and np.allclose([mean - half, mean + half], [low, high])
+    mean, half, n = common.difference(a, b[[1]])
+    assert n == 1 and mean == a[1] - b[1] and math.isnan(half)
+    b[1] = math.nan  # a run that ran off makes the whole difference unknown
+    mean, half, n = common.difference(a, b)
+    assert n == 4 and math.isnan(mean) and math.isnan(half)
+
+
+def test_holm_against_a_hand_worked_example():
+    assert np.allclose(common.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert np.allclose(common.holm([0.5, math.nan, 0.001]), [1, 1, 0.003])
+
+
+def test_table_cells():
+    assert common.spread([1, 2, 6], 2) == "3.00 ± 2.65"
+    assert common.spread([1, math.nan, 2], 1, "+") == "+1.5 ± 0.7"
+    assert common.spread([-1.25], 2, "+") == "-1.25"
+    assert common.spread([math.nan], 1) == common.spread([], 1) == "–"
+    assert common.interval(-1, 0.5) == "-1.00 [-1.50, -0.50]"
+    assert common.interval(2, math.nan, 1) == "+2.0" and common.interval(math.nan, 1) == "–"
+    assert common.markdown([{"a": "1.50", "b": 2}]).splitlines()[-1].split() == [
+        "|", "1.50", "|", "2", "|"]
+
+
+def test_samples_are_drawn_a_row_a_class(tmp_path, monkeypatch):
+    images = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None, None, None] % 3, (30, 8, 8, 1))
+    common.save_samples(tmp_path / "s.npz", images, np.arange(30) % 3, [40, 20, 5])
+    drawn = []
+    monkeypatch.setattr(cm, "draw_panels", lambda *args: drawn.append(args))
+    data = types.SimpleNamespace(names="abc", counts=[40, 20, 5], first=lambda *args: args)
+    common.draw_samples(data, {"CM": tmp_path / "s.npz"}, [2, 1], tmp_path / "p.png", 4)
+    (panels, names, _), = drawn
+    assert panels["real"] == ([2, 1], 4) and names == ["c  5", "b  20"]
+    assert panels["CM"][:, 0, 0, 0].tolist() == [2] * 4 + [1] * 4
+
+
+# ------------------------------------------------------------------------------------------------
+# common.py: the training loop
+
+
+class Trained:
+    """A small network with dropout, trained by common.train; `act` is called after each step."""
+
+    def __init__(self, path, act=lambda i: None):
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+        self.optimizer = torch.optim.Adam(self.net.parameters())
+        self.path, self.act, self.seen = path, act, []
+
+    def step(self, i):
+        loss = self.net(torch.randn(8, 4)).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.seen.append(i)
+        return self.act(i) or loss
+
+    def train(self, steps=20, **kw):
+        state = {"net": self.net, "optimizer": self.optimizer}
+        common.train(self.step, state, self.path, steps, **({"every": 6} | kw))
+        return self
+
+    def weights(self):
+        return torch.cat([p.detach().flatten() for p in self.net.parameters()])
+
+
+def test_training_killed_goes_on_bit_for_bit(tmp_path):
+    def die(i):
+        if i == 14:
+            raise KeyboardInterrupt
+    whole = Trained(tmp_path / "whole.pt").train()
+    assert whole.seen == list(range(1, 21))
+    cut_at = tmp_path / "new" / "cut.pt"
+    with pytest.raises(KeyboardInterrupt):
+        Trained(cut_at, die).train()
+    torch.rand(3)  # what was drawn in between doesn't matter
+    cut = Trained(cut_at).train()
+    assert cut.seen == list(range(13, 21)) and torch.equal(cut.weights(), whole.weights())
+    again = Trained(cut_at).train()  # nothing is left to do
+    assert again.seen == [] and torch.equal(again.weights(), whole.weights())
+    other = Trained(tmp_path / "other.pt").train(seed=1)
+    assert not torch.equal(other.weights(), whole.weights())
+
+
+def test_training_keeps_its_last_good_checkpoint_and_refuses_one_that_does_not_fit(tmp_path):
+    path = tmp_path / "c.pt"
+    with pytest.raises(FloatingPointError, match="not finite at step 12"):
+        Trained(path, lambda i: math.nan if i == 12 else None).train(options="--lr 1")
+    assert Trained(path).train(7, options="--lr 1").seen == [7]
+    for steps, kw, says in ((8, {}, "other options"), (6, {"options": "--lr 1"}, "at step 7"),
+                            (8, {"options": "--lr 1", "seed": 1}, "seed 0, --lr 1; name")):
+        with pytest.raises(ValueError, match=says):
+            Trained(path).train(steps, **kw)
+
+
+# ------------------------------------------------------------------------------------------------
+# benchmark.py, picture.py, make_fashion16.py
+
+
+def test_benchmark_in_a_miniature(capsys, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    from experiments import benchmark
+    for name, value in (("SIZE", 200), ("DIM", 64), ("REPEATS", 1)):
+        monkeypatch.setattr(benchmark, name, value)
+    benchmark.main(["--preset", "small", "--batch-size", "2"])
+    out = capsys.readouterr().out
+    times, memory = re.search(r"has ([\d.]+) times .* keeps ([\d.]+) times", out).groups()
+    assert 2 <= float(times) < 2.1 and 1.7 < float(memory) < 2.3
+    rows = re.findall(r"\| +([\d.]+) +\| +([\d.]+) +\| +([\d.]+) \[", out)
+    a, b, ratio = map(float, rows[-1])  # the step: long enough for its digits
+    assert len(rows) == 4 and abs(ratio / (b / a) - 1) < 0.1
+
+
+def test_picture_is_guided_and_of_one_noise(tmp_path, monkeypatch):
+    from experiments import picture
+    networks, seen, panels = {}, [], []
+    for no_cm in (True, False):
+        config = cm.Config(image_size=8, channels=8, ir=10, n_max=50, seed=3, no_cm=no_cm)
+        networks[no_cm] = config.resolved(), cm.make_unet(config.resolved(), 10, 1), [50] * 10
+    for layer in cm.reserved_layers(networks[False][1]):
+        layer.B.data.fill_(0.1)
+
+    def sample(net, y, shape, **how):
+        seen.append((net.decoder[0].block1[2].weight, y.tolist(), how))
+        return torch.zeros(len(y), *shape)
+
+    monkeypatch.setattr(cm, "load_trained", networks.get)
+    monkeypatch.setattr(cm, "sample", sample)
+    monkeypatch.setattr(cm, "draw_panels", lambda *drawn: panels.append(drawn[0]))
+    picture.draw_rare(True, False, tmp_path / "x.png", columns=2)
+    seeds = [cm.hashed_seed("image", 3, i) for i in range(10)]
+    for _, y, how in seen:  # the most frequent class and Few
+        assert y == [0, 0, 6, 6, 7, 7, 8, 8, 9, 9] and how == dict(guidance=1.5, seeds=seeds)
+    plain, reserved = (networks[no_cm][1].decoder[0].block1[2] for no_cm in (True, False))
+    expected = plain.weight, reserved.weight, reserved.layer.weight
+    assert all(torch.equal(ours, e) for (ours, *_), e in zip(seen, expected, strict=True))
+    assert len(panels[0]) == 4
+    with pytest.raises(ValueError, match="--no-cm"):
+        picture.draw_rare(False, True, tmp_path / "x.png")
+
+
+def test_fashion16_is_what_debians_files_make(tmp_path):
+    from experiments import make_fashion16
+    if not make_fashion16.DEBIAN.is_dir():
+        pytest.skip("apt-get install dataset-fashion-mnist")
+    make_fashion16.make(tmp_path / "made.npz")
+    with np.load(tmp_path / "made.npz") as made, np.load(cm.FASHION16) as committed:
+        assert made.files == committed.files
+        assert all((made[name] == committed[name]).all() for name in made.files)
