@@ -2,6 +2,7 @@
 its rows, its table.md, its README, what its script says to bad input."""
 
 import importlib
+import inspect
 import math
 import re
 import sys
@@ -109,6 +110,12 @@ def test_a_readme_is_short_its_verdict_first_its_links_whole(path):
     assert max(len(line) for line in prose if not line.startswith("|")) <= 100
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in link or (path.parent / link).exists(), link
+
+
+def test_readme_shows_a_variation_in_full():
+    from experiments import baselines
+    shown = f"```python\n{inspect.getsource(baselines.TwoPasses)}```\n"
+    assert shown in (HERE / "README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------
