@@ -284,9 +284,17 @@ def train(step, state, path, steps, seed=0, options="", every=500):
 
     Raises ValueError on a checkpoint that doesn't fit, and FloatingPointError where the loss stops
     being finite; the checkpoint is then the last good one."""
-    made_with = {"seed": seed, "options": options}
+    first = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    first = load_state(state, path, made_with) if path.is_file() else 0
+    if path.is_file():
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if (saved["seed"], saved["options"]) != (seed, options):
+            raise ValueError(f"{path} is no checkpoint to go on from (it was made with other "
+                             f"options: seed {saved['seed']}, {saved['options']}; name another "
+                             "directory with --runs)")
+        first = saved["step"]
+        for name, part in state.items():
+            part.load_state_dict(saved["state"][name])
     if first > steps:
         raise ValueError(f"{path} is at step {first} already; {steps} were asked for")
 
@@ -296,23 +304,11 @@ def train(step, state, path, steps, seed=0, options="", every=500):
         if not np.isfinite(loss):
             raise FloatingPointError(f"{path.stem}: the loss is not finite at step {i}")
         if i % every == 0 or i == steps:
-            parts = {name: part.state_dict() for name, part in state.items()}
-            whole = made_with | {"step": i, "state": parts}
+            whole = {"seed": seed, "options": options, "step": i,
+                     "state": {name: part.state_dict() for name, part in state.items()}}
             cm.write_atomically(path, lambda p, whole=whole: torch.save(whole, p))
 
 
 def hashed(*words):
     """A seed of 32 bits, all that torch's CPU generator keeps, from several integers."""
     return int(np.random.SeedSequence(words).generate_state(1)[0])
-
-
-def load_state(state, path, made_with):
-    """Fill `state` from a checkpoint; its step. Raises ValueError where it was made otherwise."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if {name: saved[name] for name in made_with} != made_with:
-        raise ValueError(f"{path} is no checkpoint to go on from (it was made with other options: "
-                         f"seed {saved['seed']}, {saved['options']}; name another directory with "
-                         "--runs)")
-    for name, part in state.items():
-        part.load_state_dict(saved["state"][name])
-    return saved["step"]
