@@ -80,7 +80,7 @@ def test_divergence_trains_what_it_says_and_finds_when_it_runs_off(own, tmp_path
 
     monkeypatch.setattr(common, "run", run)
     name, at_once = "large-100-0.2-3e-3-inf-20", "small-100-1-3e-3-inf-21"
-    logs[name] = "50,1,0.1\n100,0.4,nan\n150,0.2,0.11\n200,0.39,0.3\n250,0.41,9\n"
+    logs[name] = "50,1,0.1\n100,0.4,nan\n150,0.2,0.11\n200,0.4,0.3\n250,0.41,9\n"
     logs[at_once] = ""  # it ran off before there was a row
     for seeds in (["20"], ["20", "21"]):  # what has a row isn't run again: its folder is there
         divergence.main([*own, "--runs", str(tmp_path / "runs"), "--seeds", *seeds])
@@ -200,7 +200,9 @@ def test_gradients_predict_nothing_from_estimates_that_no_means_have():
         a1, b1, a2, b2 = (torch.full((100, 1, 1), float(f)) for f in factors)
         g1, g2 = (torch.cat([a, b, 0 * a]) * m + 0.01 * torch.randn(300, 24, 30)
                   for a, b in ((a1, b1), (a2, b2)))
-        assert math.isnan(gradients.estimate(g1, g2)[1]["predicted"])
+        row = gradients.estimate(g1, g2)[1]
+        assert math.isnan(row["predicted"])
+        assert abs(row["observed"] - 0.5) < 0.25  # of part C, which has no mean here
 
 
 def test_gradients_end_to_end_goes_on(own, tmp_path, monkeypatch):
@@ -241,7 +243,7 @@ def test_assumptions_break_one_thing_each():
         assert math.isclose(lengths[0] / lengths[1], ratio), name
         ratio = {"σ_1 = 2 σ_2": 2, "σ_1 = σ_2 / 2": 0.5}.get(name, 1)
         assert math.isclose(sigma[0] / sigma[1], ratio) and math.isclose(sigma.mean(), 8), name
-    quartile = np.quantile(assumptions.student_t(rng, (4000, 500)), 0.75)  # nu = 3
+    quartile = np.quantile(assumptions.student_t(rng, (4000, 500)), 0.75)
     assert abs(quartile - 0.76489 / math.sqrt(3)) < 0.005
 
 
@@ -280,6 +282,9 @@ def test_assumptions_end_to_end(own, tmp_path, monkeypatch):
     assumptions.main(own)
     rows = common.numbers(common.read_rows(tmp_path / "rows.csv"), ("assumption broken",))
     assert len(rows) == 20 and (rows["difference in s.e."][::10].abs() < 4).all()  # none broken
+    assert np.allclose(rows["formula"][:10], theory.pi_maj(0.9, 100, 1.0, 8.0, 0.0), rtol=1e-5)
+    assert np.allclose(rows["difference in s.e."] * rows["standard error"],
+                       rows["simulated"] - rows["formula"], atol=1e-5)
     # one cell written anew: unequal norms have their own closed form
     m1, m2 = 4 / 3, 2 / 3
     p = theory.ndtr((90 * m1**2 - 10 * m2**2) / (8 * math.sqrt(100 * (m1**2 + m2**2))))
