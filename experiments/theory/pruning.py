@@ -12,7 +12,6 @@ suffers more. Several checkpoints of one method count as its seeds. Rows: prunin
 import copy
 from pathlib import Path
 
-import numpy as np
 import scipy.stats
 import torch
 from matplotlib.figure import Figure
@@ -53,38 +52,37 @@ def measure(checkpoint):
 
 
 def changes(rows):
-    """{method: the change of the loss in percent, a row a class, a column a seed}."""
-    return {method: 100 * mine.pivot(index="name", columns="seed", values="change").reindex(
-        rows["name"].unique()) for method, mine in rows.groupby("method", sort=False)}
+    """The change of the loss in percent, grouped by class and method: a group has a row a seed."""
+    percent = rows.assign(percent=100 * rows["change"])
+    return percent.groupby(["name", "method"], sort=False)["percent"]
 
 
 def table(rows):
     """As text: the change a class and method, and its rank correlation with the class's count."""
     counts = rows.groupby("name", sort=False)["count"].first()
-    shown = {"class": counts.index, "count": counts.map("{:.0f}".format)}
-    lines = []
-    for method, change in changes(rows).items():
-        shown[f"{method}: change of the loss, %"] = [
-            common.spread(of_class, 2, "+") for of_class in change.to_numpy()]
-        rho, p = scipy.stats.spearmanr(counts, change.mean(axis=1))
-        lines.append(f"{method}, {change.shape[1]} seed(s): Spearman correlation of count and "
-                     f"change {rho:+.2f} (p = {p:.3f}); the paper's finding is a negative one")
-    return "\n".join([common.markdown(shown), "", *lines])
+    cells = changes(rows).apply(common.spread, digits=2, sign="+").unstack(sort=False)
+    cells = cells.add_suffix(": change of the loss, %").rename_axis("class").reset_index()
+    cells.insert(1, "count", counts.map("{:.0f}".format).to_numpy())
+    lines = [common.markdown(cells), ""]
+    for method, means in changes(rows).mean().unstack(sort=False).items():
+        rho, p = scipy.stats.spearmanr(counts, means)
+        seeds = rows.loc[rows["method"] == method, "seed"].nunique()
+        lines.append(f"{method}, {seeds} seed(s): Spearman correlation of count and change "
+                     f"{rho:+.2f} (p = {p:.3f}); the paper's finding is a negative one")
+    return "\n".join(lines)
 
 
 def draw(rows, path):
     """Bars a class, a colour a method."""
-    counts, of_method = rows.groupby("name", sort=False)["count"].first(), changes(rows)
-    width = 0.8 / len(of_method)
     figure = Figure(figsize=(6.8, 3.4), layout="constrained")
     axis = figure.subplots()
-    for i, (method, change) in enumerate(of_method.items()):
-        place = np.arange(len(counts)) + width * (i - (len(of_method) - 1) / 2)
-        axis.bar(place, change.mean(axis=1), width, label=method, yerr=change.std(axis=1),
-                 error_kw=dict(lw=1))
-    axis.set_xticks(range(len(counts)), [f"{name} ({n:.0f})" for name, n in counts.items()],
-                    rotation=30, ha="right")
-    axis.set(ylabel=f"change of the loss, %, {100 * SHARE:g} % pruned")
+    means, deviations = (of_class.unstack(sort=False)
+                         for of_class in (changes(rows).mean(), changes(rows).std()))
+    means.plot.bar(yerr=deviations, ax=axis, width=0.8, error_kw=dict(lw=1))
+    counts = rows.groupby("name", sort=False)["count"].first()
+    names = [f"{name} ({n:.0f})" for name, n in counts.items()]
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axis.set(xlabel="", ylabel=f"change of the loss, %, {100 * SHARE:g} % pruned")
     axis.axhline(0, color="k", lw=0.8)
     axis.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     common.save(figure, path)
