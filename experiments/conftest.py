@@ -11,16 +11,14 @@ import cm
 
 @pytest.fixture
 def fewer_images(monkeypatch, tmp_path_factory):
-    """fewer_images(n, m): fashion16 has n training images, one number or one a class, and m test
-    images a class."""
+    """fewer_images(n, m): fashion16 has n training and m test images a class."""
     def make(n, m):
         path = tmp_path_factory.mktemp("fewer") / "fashion16.npz"
         arrays = {}
         with np.load(cm.FASHION16) as file:
             for part, each in (("train", n), ("test", m)):
                 labels = file[f"{part}_labels"]
-                place = np.arange(len(labels)) % (len(labels) // 10)  # in its class
-                kept = place < np.broadcast_to(each, 10)[labels]
+                kept = np.arange(len(labels)) % (len(labels) // 10) < each  # by place in the class
                 for what in (f"{part}_images", f"{part}_labels"):
                     arrays[what] = file[what][kept]
         np.savez(path, **arrays)
