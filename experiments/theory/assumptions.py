@@ -87,22 +87,13 @@ def break_assumptions():
 # Assumption F.2: alpha_r as the share of a gradient that BA can follow
 
 
-def basis(m, tolerance=1e-8):
-    """Orthonormal columns that span the columns of m [n, r], r >= 0."""
-    if m.shape[1] == 0:
-        return m
-    u, s, _ = np.linalg.svd(m, full_matrices=False)
-    return u[:, s > tolerance * max(s[0], tolerance)]
-
-
 def tangent_share(gradient, b, a):
     """Share of ||G||^2 inside {dB A + B dA}. gradient [d, k], b [d, r], a [r, k].
 
-    With the projections P_B on B's columns and P_A on A's rows, what lies outside is
-    (1 - P_B) G (1 - P_A)."""
-    columns, rows = basis(b), basis(a.T)
-    outside = gradient - columns @ (columns.T @ gradient)
-    outside = outside - (outside @ rows) @ rows.T
+    With the projections B B^+ on B's columns and A^+ A on A's rows, what lies outside is
+    (1 - B B^+) G (1 - A^+ A)."""
+    outside = gradient - b @ (np.linalg.pinv(b, rcond=1e-8) @ gradient)
+    outside = outside - (outside @ np.linalg.pinv(a, rcond=1e-8)) @ a
     return 1 - (outside**2).sum() / (gradient**2).sum()
 
 

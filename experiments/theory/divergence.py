@@ -77,17 +77,17 @@ def study(args, flags):
             common.add_rows(args.rows, options, [measure(key, args.runs, flags)])
 
 
+def curvature(run):
+    """1 + lam w of the rarest class, as text."""
+    counts = cm.class_counts(int(run["n_max"]), float(run["IR"]), 10)
+    return f"{1 + cm.capacity_weights(counts, w_div=float(run['w_div'])).min():.2f}"
+
+
 def table(rows):
-    """As text: of each setting what its seeds did, beside 1 + lam w of the rarest class."""
-    shown = []
-    for values, runs in rows.groupby(KEY[:-1], sort=False):
-        run = runs.iloc[0]
-        counts = cm.class_counts(int(run["n_max"]), float(run["IR"]), 10)
-        w = cm.capacity_weights(counts, w_div=float(run["w_div"])).min()
-        shown.append(dict(zip(KEY, values, strict=False)) | {"1 + λw, rarest": f"{1 + w:.2f}"}
-                     | {name: ", ".join(runs[name]) for name in ("seed", *MEASURED)}
-                     | {"end": ", ".join(runs["end"].unique())})
-    return common.markdown(shown)
+    """As text: of each setting what its seeds did, beside 1 + lam w."""
+    rows = rows.assign(**{"1 + λw, rarest": rows.apply(curvature, axis=1)})
+    of = rows.groupby([*KEY[:-1], "1 + λw, rarest"], sort=False)
+    return common.markdown(of[["seed", *MEASURED, "end"]].agg(", ".join).reset_index())
 
 
 def draw(seed, runs, path):

@@ -30,6 +30,7 @@ observed      share of weights dominated, mean over batches
 import itertools
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from scipy.special import ndtr, ndtri
@@ -44,7 +45,7 @@ RATIOS, N, BATCHES = (0.5, 0.6, 0.75, 0.9, 0.99), 100, 500
 METHODS = {"DDPM": ["--no-cm"], "CM": []}
 KEY = ["method", "step", "seed"]
 UNUSED = ("sampling", "seed", "steps", "no_cm", "base", "out", "resume", "overwrite")
-WORDS = ("method", "options", "layer", "part")
+WORDS = ("method", "step", "seed", "options", "layer", "part")
 
 
 def per_sample_gradients(losses, names, x0, y, t, eps, chunk_size=32):
@@ -179,37 +180,25 @@ def summary(rows):
     """As text, by part: the range of what was estimated, and how far the predictions are from what
     was observed: the absolute difference, averaged over layers, steps and ratios, mean ± standard
     deviation over seeds."""
-    shown = []
-    for part, mine in rows.groupby("part", sort=False):
-        error = {k: (mine[k] - mine["observed"]).abs().groupby(mine["seed"]).mean()
-                 for k in ("predicted", "projected")}
-        shown.append({
-            "gradient of": part,
-            "‖μ_1‖/‖μ_2‖": f"{mine['mu_ratio'].min():.2f} to {mine['mu_ratio'].max():.2f}",
-            "anisotropy": f"{mine['anisotropy'].min():.0f} to {mine['anisotropy'].max():.0f}",
-            "error of (F.7)": common.spread(error["predicted"], 3),
-            "error from each weight's own projections": common.spread(error["projected"], 3),
-            "(F.7) had no estimate": f"{mine['predicted'].isna().sum()} of {len(mine)}"})
-    return common.markdown(shown)
+    rows = rows.assign(**{f"error of {kind}": (rows[kind] - rows["observed"]).abs()
+                          for kind in ("predicted", "projected")})
+    of_part = rows.groupby("part", sort=False)
+    errors = rows.groupby(["part", "seed"], sort=False)[["error of predicted",
+                                                         "error of projected"]].mean()
+    return common.markdown(pd.concat([
+        of_part["mu_1/mu_2"].agg(lambda x: f"{x.min():.2f} to {x.max():.2f}"),
+        of_part["anisotropy"].agg(lambda x: f"{x.min():.0f} to {x.max():.0f}"),
+        errors.groupby("part", sort=False).agg(common.spread, digits=3),
+        of_part["predicted"].agg(lambda x: f"{x.isna().sum()} of {len(x)}").rename("no estimate")],
+        axis=1).reset_index())
 
 
 def table(rows):
-    """As text: what was estimated for each method, step, part and layer, mean ± standard deviation
-    over seeds."""
-    shown = []
-    for values, mine in rows.groupby(["method", "step", "part", "layer"], sort=False):
-        method, step, part, layer = values
-        once = mine[mine["a"] == RATIOS[0]]  # these are the same for all ratios
-        row = {"method, step": f"{method}, {step:.0f}", "gradient of": part, "layer": layer,
-               "‖μ_1‖/‖μ_2‖": common.spread(once["mu_ratio"], 2),
-               "cos": common.spread(once["cos"], 2),
-               "anisotropy": common.spread(once["anisotropy"], 1)}
-        for a in RATIOS[1:4]:
-            row[f"Π_maj at a = {a:g}: (F.7) / projected / observed"] = " / ".join(
-                common.spread(mine.loc[mine["a"] == a, kind], 2)
-                for kind in ("predicted", "projected", "observed"))
-        shown.append(row)
-    return common.markdown(shown)
+    """As text: what was estimated for each method, step, part and layer, at a = 0.9; mean ±
+    standard deviation over seeds."""
+    of = rows[rows["a"] == 0.9].groupby(["method", "step", "part", "layer"], sort=False)
+    names = ["mu_1/mu_2", "cos", "anisotropy", "predicted", "projected", "observed"]
+    return common.markdown(of[names].agg(common.spread, digits=2).reset_index())
 
 
 def draw(rows, path):
@@ -236,7 +225,7 @@ def main(argv=None):
     if not args.table:
         study(args, flags)
     rows = common.numbers(common.read_table(args.rows, KEY), WORDS)
-    rows["mu_ratio"] = rows["mu_1"] / rows["mu_2"]
+    rows["mu_1/mu_2"] = rows["mu_1"] / rows["mu_2"]
     print(table(rows))
     print()
     print(summary(rows))
