@@ -89,11 +89,10 @@ def table(runs):
     differences = []
     for ours, theirs in [*pairs, ("LDAM", "CE"), ("LA", "CE")]:
         if {ours, theirs} <= set(runs):
-            name = f"{ours} − {theirs}"
-            change = {s: common.difference(runs[ours][f"accuracy {s}"],
-                                           runs[theirs][f"accuracy {s}"])[:2] for s in SPLITS}
+            name, a, b = f"{ours} − {theirs}", runs[ours], runs[theirs]
             differences.append({"difference": name, "of": "here"} | {
-                s: common.interval(*change[s]) for s in SPLITS})
+                s: common.interval(*common.difference(a[f"accuracy {s}"], b[f"accuracy {s}"])[:2])
+                for s in SPLITS})
             if name in PAPER:
                 differences.append({"difference": "", "of": "the paper, IR 100"} | dict(
                     zip(SPLITS, PAPER[name].split(), strict=True)))
