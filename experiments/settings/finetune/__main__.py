@@ -260,6 +260,8 @@ def tune_pipeline(flags, args):
     """Every run on a Stable Diffusion, with samples, and how to score them. Raises ValueError."""
     flags, config, typed = common.configured(flags, UNUSED, ["guidance"], **PIPELINE)
     cm.check("{}" in args.prompt, "prompt", args.prompt, "a text with {} for the class's name")
+    cm.check((args.pretrained / "model_index.json").is_file(), "pretrained", args.pretrained,
+             "the directory of a Stable Diffusion in diffusers' format")
     options = common.settings(
         [*flags, "--ranks", *map(str, args.ranks), "--prompt", args.prompt, "--pretrained",
          str(args.pretrained)], without=("--device", "--amp", "--guidance"))
