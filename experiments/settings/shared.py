@@ -56,6 +56,16 @@ def scores(file, config, device, cache, names):
     return {f"{value} {split}": found[split][value] for value, split in map(str.split, names)}
 
 
+def draw(config, files, args, path, split=None):
+    """A row a class, or a class of a split: real images, then those of each .npz of `files`,
+    {title: path}; nothing where one isn't there."""
+    if all(file.is_file() for file in files.values()):
+        data = cm.Data(config)
+        classes = None if split is None else cm.splits(data.counts)[split]
+        columns = min(8, args.num_images // len(data.names))
+        common.draw_samples(data, files, classes, path, columns)
+
+
 def compared(rows, digits, others, by=(), same=()):
     """Two tables as text: mean ± standard deviation of columns, {name: digits}, a row a method and
     value of the columns `by`; then CM minus each of `others`, paired by seed. same: columns of

@@ -218,8 +218,7 @@ def main(argv=None):
     rows = common.read_table(args.rows, ["sampler steps"])
     print(table(common.numbers(rows, ("method", "options"))))
     files = {f"{method}, one step": npz(args, method, args.seeds[0], 1) for method in METHODS}
-    if all(path.is_file() for path in files.values()):
-        common.draw_samples(cm.Data(config), files, None, args.assets / "consistency.png")
+    shared.draw(config, files, args, args.assets / "consistency.png")
 
 
 if __name__ == "__main__":

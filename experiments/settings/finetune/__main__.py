@@ -275,13 +275,9 @@ def tune_pipeline(flags, args):
     draw(setting.config, args, args.runs / "finetune.png")
 
 
-def draw(config, args, path):
-    """A row a rare class: real images, then each method's of one seed, from the same noise."""
+def draw(config, args, path):  # each method's from the same noise
     files = {method: npz(args, config, method, args.seeds[0]) for method in METHODS}
-    if all(file.is_file() for file in files.values()):
-        data = cm.Data(config)
-        columns = min(8, args.num_images // len(data.names))
-        common.draw_samples(data, files, cm.splits(data.counts)["Few"], path, columns)
+    shared.draw(config, files, args, path, "Few")
 
 
 @common.interruptible
