@@ -217,10 +217,11 @@ ARGS = ["--n-max", "8", "--ir", "2", "--image-size", "8", "--channels", "8",
         "--assets", "."]
 
 
-def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(kills_at, tmp_path, monkeypatch, capsys):
+def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
+        stopped_and_whole, monkeypatch, capsys):
     monkeypatch.setattr(shared, "scores", lambda file, config, device, cache, names: (
         dict.fromkeys(names, float(fid.read_images(file)[0].float().mean()))))
-    results, seen, forward = [], {True: [], False: []}, ct.ConsistencyTraining.forward
+    seen, forward = {True: [], False: []}, ct.ConsistencyTraining.forward
 
     def recorded(self, *batch):
         result = forward(self, *batch)
@@ -228,25 +229,12 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(kills_at, tmp_path, mo
         return result
 
     monkeypatch.setattr(ct.ConsistencyTraining, "forward", recorded)
-    for name in ("whole", "stopped"):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        if name == "stopped":
-            with monkeypatch.context() as patch:
-                patch.setattr(cm, "update", kills_at(5, cm.update))  # CM's second step
-                with pytest.raises(SystemExit) as stopped:
-                    ct.main(ARGS)
-            assert stopped.value.code == 130
-        capsys.readouterr()
-        ct.main(ARGS)
-        results.append((Path("rows.csv").read_bytes(), capsys.readouterr().out, [
-            fid.read_images(path)[0].tolist() for path in sorted(Path("runs").glob("*.npz"))]))
-        assert Path("consistency.png").is_file()
-    assert results[0] == results[1] and len(results[0][2]) == 4
+    out = stopped_and_whole(ct.main, ARGS, 5)  # CM's second step
+    assert len(list(Path("runs").glob("*.npz"))) == 4
     assert seen[True][0][0] == seen[False][0][0]  # CT's and CM's first: batch, noise and masks
     rows = common.numbers(common.read_rows(Path("rows.csv")), ("method", "options"))
     shares = rows[rows["method"] == "CM"].iloc[0]
     for (base, of_cm), tenth in zip(seen[False][:3], (1, 4, 7), strict=True):
         assert shares[f"share {tenth}"] == pytest.approx(of_cm / (base + of_cm), rel=1e-4)
     ct.main([*ARGS, "--table"])
-    assert capsys.readouterr().out == results[0][1]
+    assert capsys.readouterr().out == out
