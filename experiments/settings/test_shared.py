@@ -3,7 +3,6 @@
 import importlib
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -46,9 +45,10 @@ def test_samples_are_of_classes_in_turn_and_scored_by_split(tmp_path, monkeypatc
     drawn, file = [], tmp_path / "x.npz"
     shared.sample(file, lambda y, seeds: (
         drawn.extend(zip(y.tolist(), seeds, strict=True)),
-        np.stack([np.full((2, 2, 1), k, np.uint8) for k in y]))[1], data, 8, 5, batch=3)
+        y[:, None, None, None] / 127.5 - torch.ones(1, 1, 4, 2))[1], data, 8, 5, batch=3)
     assert drawn == [(i % 3, cm.hashed_seed("image", 5, i)) for i in range(8)]
     images, labels, counts = fid.read_images(file)
+    assert images.shape == (8, 1, 4, 2)
     assert images[:, 0, 0, 0].tolist() == labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert list(counts) == [5, 3, 2]
     monkeypatch.setattr(fid, "evaluate", lambda *what, **how: (

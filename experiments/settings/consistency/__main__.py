@@ -11,6 +11,7 @@ Options that aren't its own go to cm.py. README.md says what it does, and what i
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -145,7 +146,7 @@ def held_out(unet, data, config, sigma_data, per_class=100, times=5):
 
 
 @torch.no_grad()
-def sample(network, y, image_shape, steps, sigma_data, seeds):
+def sample(network, image_shape, steps, sigma_data, y, seeds):
     """Images [B, C, H, W] in [-1, 1] of labels y, in one or two steps (Song, Algorithm 1).
     network: F; seeds: one int an image, so that the batch size doesn't matter."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -161,10 +162,6 @@ def sample(network, y, image_shape, steps, sigma_data, seeds):
     return x.clamp(-1, 1)
 
 
-def npz(args, method, seed, steps):
-    return args.runs / f"{method}-{seed}-{steps}.npz"
-
-
 def measure(method, config, data, args, options):
     """Train, sample, evaluate: two rows, without options, of one and two sampler steps."""
     sigma_data = cm.to_float(data.images).std().item()
@@ -174,11 +171,8 @@ def measure(method, config, data, args, options):
         f"share {t}": share for t, share in zip(TENTHS, shares, strict=True)}
     network, rows = cm.merge(unet), []
     for steps in (1, 2):
-        def images(y, seeds, steps=steps):
-            x = sample(network, y, data.images.shape[1:], steps, sigma_data, seeds)
-            return cm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
-
-        file = npz(args, method, config.seed, steps)
+        images = functools.partial(sample, network, data.images.shape[1:], steps, sigma_data)
+        file = args.runs / f"{method}-{config.seed}-{steps}.npz"
         shared.sample(file, images, data, args.num_images, config.seed)
         rows.append({"method": method, "seed": config.seed, "steps": config.steps,
                      "sampler steps": steps} | measures | shared.scores(
@@ -217,7 +211,8 @@ def main(argv=None):
         study(config, args, common.settings(flags))
     rows = common.read_table(args.rows, ["sampler steps"])
     print(table(common.numbers(rows, ("method", "options"))))
-    files = {f"{method}, one step": npz(args, method, args.seeds[0], 1) for method in METHODS}
+    files = {f"{method}, one step": args.runs / f"{method}-{args.seeds[0]}-1.npz"
+             for method in METHODS}
     shared.draw(config, files, args, args.assets / "consistency.png")
 
 

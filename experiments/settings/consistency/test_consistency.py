@@ -200,15 +200,15 @@ def test_the_target_moves_with_mu(tmp_path, monkeypatch):
 def test_one_and_two_steps_from_noise_of_each_image():
     times, seeds, y = [], [7, 8], torch.tensor([0, 1])
     network = lambda x, t, y: times.append(t) or torch.zeros_like(x)
-    both = ct.sample(network, y, (1, 4, 4), 2, 0.5, seeds)
+    both = ct.sample(network, (1, 4, 4), 2, 0.5, y, seeds)
     g = torch.Generator().manual_seed(8)
     first, second = (torch.randn(1, 4, 4, generator=g) for _ in "ab")
     x = 0.25 / ((80 - 0.002)**2 + 0.25) * 80 * first
-    assert torch.allclose(ct.sample(network, y, (1, 4, 4), 1, 0.5, seeds)[1], x, atol=1e-6)
+    assert torch.allclose(ct.sample(network, (1, 4, 4), 1, 0.5, y, seeds)[1], x, atol=1e-6)
     x = 0.25 / (0.798**2 + 0.25) * (x + math.sqrt(0.8**2 - 0.002**2) * second)
     assert torch.allclose(both[1], x.clamp(-1, 1), atol=1e-5)
     assert torch.allclose(times[1], torch.tensor(250 * math.log(0.8)))
-    assert torch.equal(ct.sample(network, y[1:], (1, 4, 4), 2, 0.5, seeds[1:])[0], both[1])
+    assert torch.equal(ct.sample(network, (1, 4, 4), 2, 0.5, y[1:], seeds[1:])[0], both[1])
 
 
 ARGS = ["--n-max", "8", "--ir", "2", "--image-size", "8", "--channels", "8",
@@ -218,7 +218,8 @@ ARGS = ["--n-max", "8", "--ir", "2", "--image-size", "8", "--channels", "8",
 
 
 def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
-        stopped_and_whole, monkeypatch, capsys):
+        stopped_and_whole, fewer_images, monkeypatch, capsys):
+    fewer_images(20, 4)
     monkeypatch.setattr(shared, "scores", lambda file, config, device, cache, names: (
         dict.fromkeys(names, float(fid.read_images(file)[0].float().mean()))))
     seen, forward = {True: [], False: []}, ct.ConsistencyTraining.forward

@@ -15,7 +15,6 @@ import itertools
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -86,7 +85,7 @@ def matrices(module):
 #     data: cm.Data of pixels; batches: cm.Data of what is trained on, pixels or latents;
 #     config: cm.Config; alpha_bar [T] float64; sample_batch: images sampled at a time;
 #     network(): (the frozen network, which takes labels y, the part of it that is the decoder);
-#     images(net, y, seeds): samples by DDIM, uint8 [B, H, W, C], of labels y and a seed each.
+#     images(net, y, seeds): by DDIM, [B, C, H, W] in [-1, 1], of labels y and a seed each.
 
 
 class Unlabelled:
@@ -118,9 +117,8 @@ class Unlabelled:
         return unet, unet.decoder
 
     def images(self, net, y, seeds):
-        x = cm.sample(net, y, self.data.images.shape[1:], "ddim", SAMPLE_STEPS,
-                      self.config.guidance, seeds)
-        return cm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+        return cm.sample(net, y, self.data.images.shape[1:], "ddim", SAMPLE_STEPS,
+                         self.config.guidance, seeds)
 
 
 class Prompted(nn.Module):
@@ -184,8 +182,8 @@ class StableDiffusion:
         x = self.pipe(prompt_embeds=net.prompts[y], negative_prompt_embeds=empty,
                       num_inference_steps=SAMPLE_STEPS, guidance_scale=1 + self.config.guidance,
                       generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                      output_type="np").images
-        return (255 * x).round().astype(np.uint8)
+                      output_type="pt").images
+        return 2 * x - 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -257,7 +255,8 @@ def study(config, args, options):
 
 
 def tune_pipeline(flags, args):
-    """Every run on a Stable Diffusion, with samples, and how to score them. Raises ValueError."""
+    """Every run on a Stable Diffusion, and how to score its samples: its configuration, and where
+    they lie. Raises ValueError."""
     flags, config, typed = common.configured(flags, UNUSED, ["guidance"], **PIPELINE)
     cm.check("{}" in args.prompt, "prompt", args.prompt, "a text with {} for the class's name")
     cm.check((args.pretrained / "model_index.json").is_file(), "pretrained", args.pretrained,
@@ -272,12 +271,7 @@ def tune_pipeline(flags, args):
     for seed, method in itertools.product(args.seeds, METHODS):
         for file in run(setting, method, seed, args, options)[0].values():
             print(f"python fid.py {file} --dataset folder --data {config.data}")
-    draw(setting.config, args, args.runs / "finetune.png")
-
-
-def draw(config, args, path):  # each method's from the same noise
-    files = {method: npz(args, config, method, args.seeds[0]) for method in METHODS}
-    shared.draw(config, files, args, path, "Few")
+    return setting.config, args.runs
 
 
 @common.interruptible
@@ -295,14 +289,16 @@ def main(argv=None):
     torch.set_num_threads(1)  # results repeat only with the same number of threads
     args.ranks = args.ranks or ([128, 8] if args.pretrained else [8, 2])
     if args.pretrained and not args.table:
-        tune_pipeline(flags, args)
-        return
-    flags, config, _ = common.configured(flags, UNUSED, ["guidance"], **OWN)
-    if not args.table:
-        study(config, args, common.settings([*flags, "--ranks", *map(str, args.ranks)]))
-    rows = common.numbers(common.read_table(args.rows, SHOWN), ("method", "options"))
-    print(shared.compared(rows, SHOWN, [name for name in FILES if name != "CM"], same=["trained"]))
-    draw(config, args, args.assets / "finetune.png")
+        config, pictures = tune_pipeline(flags, args)
+    else:
+        flags, config, _ = common.configured(flags, UNUSED, ["guidance"], **OWN)
+        if not args.table:
+            study(config, args, common.settings([*flags, "--ranks", *map(str, args.ranks)]))
+        rows, pictures = common.read_table(args.rows, SHOWN), args.assets
+        print(shared.compared(common.numbers(rows, ("method", "options")), SHOWN,
+                              [name for name in FILES if name != "CM"], same=["trained"]))
+    files = {method: npz(args, config, method, args.seeds[0]) for method in METHODS}
+    shared.draw(config, files, args, pictures / "finetune.png", "Few")
 
 
 if __name__ == "__main__":

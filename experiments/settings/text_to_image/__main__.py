@@ -84,8 +84,9 @@ class Setting:
                      torch.from_numpy(self.labels[index]).to(self.device), ids.to(self.device))
 
     def fit(self, net, loss, name, steps, seed):
-        return shared.fit(net, loss, self.args.runs / f"{name}-{seed}.pt", options(self.args),
-                          steps, seed, LR, WARMUP)
+        options = f"--n-max {self.args.n_max} --ir {self.args.ir:g}"
+        return shared.fit(net, loss, self.args.runs / f"{name}-{seed}.pt", options, steps, seed, LR,
+                          WARMUP)
 
     def autoencoder(self):
         """A small AutoencoderKL, trained on the balanced images. It plays the part of one that
@@ -141,10 +142,6 @@ class Setting:
         return self.decoded(cm.ddim(predict, x, alpha_bar, SAMPLE_STEPS))
 
 
-def options(args):
-    return f"--n-max {args.n_max} --ir {args.ir:g}"
-
-
 def scores(setting, judge, images, captions, labels):
     """{"FD Few": ..., "colour overall": ...}, overall and by split, of generated images."""
     real, _ = fid.extract(judge, setting.images, "real images")
@@ -162,7 +159,8 @@ def scores(setting, judge, images, captions, labels):
 
 def study(args):
     """Each method, guidance and seed that lacks a row. Raises ValueError."""
-    kept = f"{options(args)} --steps {args.steps} --num-images {args.num_images}"
+    kept = (f"--n-max {args.n_max} --ir {args.ir:g} --steps {args.steps} "
+            f"--num-images {args.num_images}")
     points = [dict(seed=seed, method=method, guidance=w) for seed in args.seeds
               for method, w in POINTS]
     missing = [point for point in points if not common.has_row(args.rows, kept, **point)]
