@@ -1,37 +1,35 @@
 """Does CM help a consistency model, which draws an image in one or two steps? Tab. G.9.
 
     python -m experiments.settings.consistency
-    python -m experiments.settings.consistency --table       # only the table, and assets/consistency.png
+    python -m experiments.settings.consistency --table   # only the tables, and the picture
 
 Consistency training (CT; Song et al. 2023, "Song" below), without and with CM. F is cm.py's UNet,
 and f = c_skip x + c_out F(c_in x, 250 ln sigma) maps an image plus noise of any sigma to the image.
-Options that aren't its own go to cm.py. Columns of rows.csv: FD of `fid.py
---features classifier`; held-out loss: base loss of the averaged weights on held-out images, at the
-last grid; share: of |lam L_CM| in itself plus the base loss, in each tenth of the training and
-(held-out share) on held-out images.
+Options that aren't its own go to cm.py. README.md says what it does, and what its rows hold.
 """
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import math
-import sys
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import cm
-import fid
 from experiments import common
+from experiments.settings import shared
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7  # Karras et al. 2022
 S_0, MU_0 = 2, 0.9  # Song, App. C
 S_1 = 20  # there 150. theta^- averages over 1 / -ln mu = 4.75 N steps, and what f knows at
 # sigma_min crosses N sigmas to sigma_max: some 4.75 N^2 steps, 107,000 with 150, 1,900 with 20
 MIDDLE = 0.8  # sigma at which the second step starts
-METHODS = {"CT": True, "CM": False}  # name: no_cm
-SPLITS = ("overall", "Many", "Medium", "Few")
+METHODS = "CT", "CM"
+FD = "FD overall", "FD Many", "FD Medium", "FD Few"
 TENTHS = range(1, 11)
 UNUSED = ("no_cm", "base", "cbdm_prior", "seed", "amp", "compile", "run", "sampling")  # of cm.py's
 
@@ -66,7 +64,7 @@ def consistency(network, x, sigma, y, sigma_data):
     return c_skip * x + c_out * network(c_in * x, time, y)
 
 
-class ConsistencyTraining(cm.CapacityManipulation):
+class ConsistencyTraining(nn.Module):
     """The losses of one batch: f at neighbouring sigmas agrees (Song, Algorithm 3), and Eq. (4).
 
     L_CM compares F, not f, of theta and theta_g, at the larger sigma: F's target has variance 1 at
@@ -75,11 +73,11 @@ class ConsistencyTraining(cm.CapacityManipulation):
     masks, as Song's do; theta_g draws its own, as in cm.py, unless `same_masks`."""
 
     def __init__(self, unet, counts, config, sigma_data):
-        super().__init__(unet, counts, "ddpm", config.lam, config.w_con, config.w_div,
-                         config.div_margin, config.same_masks, no_cm=config.no_cm)
-        self.sigma_data = sigma_data
-        self.register_buffer("sums", torch.zeros(len(TENTHS), 2))  # base, |lam L_CM| in each tenth
+        super().__init__()
+        self.unet, self.config, self.sigma_data = unet, config, sigma_data
         self.target = copy.deepcopy(unet).requires_grad_(False)  # theta^-, an average of theta
+        self.register_buffer("w", cm.capacity_weights(counts, config.w_con, config.w_div))
+        self.register_buffer("sums", torch.zeros(len(TENTHS), 2))  # base, |lam L_CM| in each tenth
 
     def forward(self, x0, y, eps, y_in, n, grid):
         """x0, eps [B, C, H, W]; y, y_in as in cm.py; n [B]: the pair grid[n], grid[n + 1].
@@ -91,19 +89,64 @@ class ConsistencyTraining(cm.CapacityManipulation):
 
         x = x0 + large * eps  # the same noise
         c_skip, c_out, c_in, time = scalings(grid[n + 1], self.sigma_data)
-        with cm.same_masks(x) if self.same_masks else contextlib.nullcontext():
+        with cm.same_masks(x) if self.config.same_masks else contextlib.nullcontext():
             F_theta = self.unet(c_in * x, time, y_in)
         base = cm.squared_distance(c_skip * x + c_out * F_theta, target)
-        if self.no_cm:
+        if self.config.no_cm:
             return base.mean(), base, torch.zeros_like(base)
         with cm.general_only(self.unet):
             F_theta_g = self.unet(c_in * x, time, y_in)
-        loss_cm = cm.capacity_loss(F_theta, F_theta_g, self.w[y], self.div_margin)
-        return base.mean() + self.lam * loss_cm.mean(), base, loss_cm  # Eq. (4)
+        loss_cm = cm.capacity_loss(F_theta, F_theta_g, self.w[y], self.config.div_margin)
+        return base.mean() + self.config.lam * loss_cm.mean(), base, loss_cm  # Eq. (4)
+
+
+def train(config, data, sigma_data, path, options):
+    """Train, or go on from `path`: (averaged network in eval mode, shares of L_CM)."""
+    device = data.images.device
+    torch.manual_seed(cm.hashed_seed("weights", config.seed))
+    unet = cm.lay_out(cm.make_unet(config, len(data.names), data.images.shape[1]), device)
+    losses = ConsistencyTraining(unet, data.counts, config, sigma_data).to(device)
+    theta, target = list(unet.parameters()), list(losses.target.parameters())
+
+    def loss(i):
+        if i > 1:  # what Song does at the end of the step before
+            get_ema_multi_avg_fn(schedule(i - 2, config.steps)[1])(target, theta, None)
+        x0, y, _, eps, y_in = cm.draw_batch(data, config, config.batch_size, i)
+        size = schedule(i - 1, config.steps)[0]
+        n = torch.randint(size - 1, y.shape, device=device)
+        total, base, loss_cm = losses(x0, y, eps, y_in, n, make_grid(size).to(device))
+        both = torch.stack([base, config.lam * loss_cm.abs()]).mean(1).detach()
+        losses.sums[(i - 1) * len(TENTHS) // config.steps] += both
+        return total
+
+    shared.fit(unet, loss, path, options, config.steps, config.seed, config.lr,
+               config.warmup, config.ema, losses=losses)  # which holds theta^-
+    return unet, (losses.sums[:, 1] / losses.sums.sum(1)).tolist()
 
 
 @torch.no_grad()
-def sample(network, y, image_shape, steps, sigma_data, seeds):
+def held_out(unet, data, config, sigma_data, per_class=100, times=5):
+    """{measure: value} of the averaged network on held-out images, at the last grid."""
+    device = data.images.device
+    losses = ConsistencyTraining(unet, data.counts, config, sigma_data).to(device).eval()
+    index = torch.cat([torch.where(data.held_out_labels == k)[0][:per_class]
+                       for k in range(len(data.names))]).repeat(times)
+    x0, y = cm.to_float(data.held_out[index]), data.held_out_labels[index]
+    repeat = torch.arange(len(y), device=device) * times // len(y)  # 0..times - 1
+    n = (repeat * S_1 + S_1 // 2) // times  # evenly spaced pairs: 2, 6, 10, 14, 18 of 0..19
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    grid = make_grid(S_1 + 1).to(device)
+    parts = [losses(*batch, grid)[1:]
+             for batch in zip(*(v.split(250) for v in (x0, y, eps, y, n)), strict=True)]
+    base, loss_cm = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    few = torch.isin(y.cpu(), torch.as_tensor(cm.splits(data.counts.cpu())["Few"]))
+    weighed = config.lam * loss_cm.abs()
+    return {"held-out loss Few": base[few].mean().item(),
+            "held-out share": (weighed.mean() / (weighed + base).mean()).item()}
+
+
+@torch.no_grad()
+def sample(network, image_shape, steps, sigma_data, y, seeds):
     """Images [B, C, H, W] in [-1, 1] of labels y, in one or two steps (Song, Algorithm 1).
     network: F; seeds: one int an image, so that the batch size doesn't matter."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -119,106 +162,42 @@ def sample(network, y, image_shape, steps, sigma_data, seeds):
     return x.clamp(-1, 1)
 
 
-def train(config, data, sigma_data, path, options, network=cm.make_unet):
-    """Train, or go on from `path`: (averaged network in eval mode, shares of L_CM). `network` makes
-    F; see cm.train."""
-    device = data.images.device
-    torch.manual_seed(cm.hashed_seed("weights", config.seed))
-    unet = cm.lay_out(network(config, len(data.names), data.images.shape[1]), device)
-    losses = ConsistencyTraining(unet, data.counts, config, sigma_data).to(device)
-    ema = copy.deepcopy(unet).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr)
-    theta, ema_theta, target = (list(m.parameters()) for m in (unet, ema, losses.target))
-    scaler = torch.amp.GradScaler(enabled=False)
-
-    def step(i):
-        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, i / max(1, config.warmup))
-        x0, y, _, eps, y_in = cm.draw_batch(data, config, config.batch_size, i)
-        size, mu = schedule(i - 1, config.steps)
-        n = torch.randint(size - 1, y.shape, device=device)
-        loss, base, loss_cm = losses(x0, y, eps, y_in, n, make_grid(size).to(device))
-        cm.update(loss, theta, ema_theta, optimizer, scaler, min(config.ema, (1 + i) / (10 + i)))
-        get_ema_multi_avg_fn(mu)(target, theta, None)
-        both = torch.stack([base, config.lam * loss_cm.abs()]).mean(1).detach()
-        losses.sums[(i - 1) * len(TENTHS) // config.steps] += both
-        return loss.detach()
-
-    state = dict(losses=losses, ema=ema, optimizer=optimizer)  # losses has theta and theta^-
-    common.train(step, state, path, config.steps, config.seed, options)
-    return ema, (losses.sums[:, 1] / losses.sums.sum(1)).tolist()
-
-
-@torch.no_grad()
-def held_out(ema, data, config, sigma_data, per_class=100, times=5):
-    """{measure: value} of the averaged network on held-out images, at the last grid."""
-    device = data.images.device
-    losses = ConsistencyTraining(ema, data.counts, config, sigma_data).to(device).eval()
-    index = torch.cat([torch.where(data.held_out_labels == k)[0][:per_class]
-                       for k in range(len(data.names))]).repeat(times)
-    x0, y = cm.to_float(data.held_out[index]), data.held_out_labels[index]
-    repeat = torch.arange(len(y), device=device) * times // len(y)  # 0..times - 1
-    n = (repeat * S_1 + S_1 // 2) // times  # evenly spaced pairs: 2, 6, 10, 14, 18 of 0..19
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    parts = [losses(*batch, make_grid(S_1 + 1).to(device))[1:]
-             for batch in zip(*(v.split(250) for v in (x0, y, eps, y, n)), strict=True)]
-    base, loss_cm = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
-    few = torch.isin(y.cpu(), torch.as_tensor(cm.splits(data.counts.cpu())["Few"]))
-    share = (config.lam * loss_cm.abs().mean() / (config.lam * loss_cm.abs() + base).mean()).item()
-    return {"held-out loss Few": base[few].mean().item(), "held-out share": share}
-
-
-def measure(method, config, data, directory, num_images, options):
+def measure(method, config, data, args, options):
     """Train, sample, evaluate: two rows, without options, of one and two sampler steps."""
     sigma_data = cm.to_float(data.images).std().item()
-    ema, shares = train(config, data, sigma_data, directory / f"{directory.name}.pt", options)
-    measures = held_out(ema, data, config, sigma_data) | {
+    path = args.runs / f"{method}-{config.seed}.pt"
+    unet, shares = train(config, data, sigma_data, path, options)
+    measures = held_out(unet, data, config, sigma_data) | {
         f"share {t}": share for t, share in zip(TENTHS, shares, strict=True)}
-    network, rows, device = cm.merge(ema), [], data.images.device
-    labels = torch.arange(num_images) % len(data.names)
-    seeds = [cm.hashed_seed("image", config.seed, i) for i in range(num_images)]
+    network, rows = cm.merge(unet), []
     for steps in (1, 2):
-        parts = [sample(network, labels[i:i + 250].to(device), data.images.shape[1:], steps,
-                        sigma_data, seeds[i:i + 250]) for i in range(0, num_images, 250)]
-        images = cm.to_uint8(torch.cat(parts)).permute(0, 2, 3, 1).cpu().numpy()
-        path = directory / f"samples-{steps}.npz"
-        common.save_samples(path, images, labels, data.counts.cpu())
-        scores = fid.evaluate(path, config.dataset, config.data, features="classifier",
-                              device=str(device), cache=directory.parent / "fid")
+        images = functools.partial(sample, network, data.images.shape[1:], steps, sigma_data)
+        file = args.runs / f"{method}-{config.seed}-{steps}.npz"
+        shared.sample(file, images, data, args.num_images, config.seed)
         rows.append({"method": method, "seed": config.seed, "steps": config.steps,
-                     "sampler steps": steps} | measures | {
-                         f"FD {s}": scores.get(s, {}).get("FD", math.nan) for s in SPLITS})
+                     "sampler steps": steps} | measures | shared.scores(
+                         file, config, data.images.device, args.runs / "fid", FD))
     return rows
 
 
-def study(path, runs, config, options, seeds, num_images):
+def study(config, args, options):
     """Every run that has no rows yet. Raises ValueError."""
-    kept = f"{options} --num-images {num_images}"
+    kept = f"{options} --num-images {args.num_images}"
     data = cm.Data(config, cm.pick_device(config.device))
-    for seed, method in itertools.product(seeds, METHODS):
-        if not common.has_row(path, kept, method=method, seed=seed):
-            own = dataclasses.replace(config, no_cm=METHODS[method], seed=seed)
-            directory = runs / f"{method}-{seed}"
-            common.add_rows(path, kept, measure(method, own, data, directory, num_images, options))
+    for seed, method in itertools.product(args.seeds, METHODS):
+        if not common.has_row(args.rows, kept, method=method, seed=seed):
+            own = dataclasses.replace(config, no_cm=method == "CT", seed=seed)
+            common.add_rows(args.rows, kept, measure(method, own, data, args, options))
 
 
 def table(rows):
-    """As text: mean ± standard deviation, CM - CT paired by seed, and L_CM's share over N(k)."""
-    digits = {f"FD {s}": 1 for s in SPLITS} | {"held-out loss Few": 5, "held-out share": 3}
-    values, pairs = [], []
-    for steps, group in rows.groupby("sampler steps"):
-        first = {"sampler steps": f"{steps:.0f}"}
-        ct, ours = (group[group["method"] == m].set_index("seed") for m in METHODS)
-        values += [first | {"method": m, "seeds": len(run)} | {
-            name: common.spread(run[name], n) for name, n in digits.items()}
-            for m, run in zip(METHODS, (ct, ours), strict=True)]
-        pairs.append(first | {name: common.interval(*common.difference(ours[name], ct[name])[:2], n)
-                              for name, n in digits.items() if name != "held-out share"})
+    """As text: CT and CM, and L_CM's share over N(k)."""
+    digits = dict.fromkeys(FD, 1) | {"held-out loss Few": 5, "held-out share": 3}
+    ours = rows[(rows["method"] == "CM") & (rows["sampler steps"] == 1)]
     shares = [{"tenth of the training": t, "N(k) at its end": schedule(t, 10)[0],
                "share of |λ L_CM|": common.spread(ours[f"share {t}"], 3)} for t in TENTHS]
-    return "\n\n".join([
-        f"exploratory: {rows['seed'].nunique()} seeds; mean ± standard deviation",
-        common.markdown(values), "CM − CT: mean and 95 % interval over seeds; below 0 is better",
-        common.markdown(pairs), "|λ L_CM| over itself plus the base loss", common.markdown(shares)])
+    return "\n\n".join([shared.compared(rows, digits, ["CT"], by=["sampler steps"]),
+                        "|λ L_CM| over itself plus the base loss", common.markdown(shares)])
 
 
 @common.interruptible
@@ -227,24 +206,15 @@ def main(argv=None):
     parser.add_argument("--num-images", type=int, default=5000, help="generated images a row")
     args, flags = parser.parse_known_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads
-    try:
-        flags, config, _ = common.configured(flags, UNUSED, n_max="1000", steps="6000",
-                                             warmup="100")
-        cm.check(args.num_images >= 100, "num_images", args.num_images, "at least 100")
-        if not args.table:
-            study(args.rows, args.runs, config, common.settings(flags), args.seeds, args.num_images)
-        rows = common.read_table(args.rows, ["sampler steps"])
-        print(table(common.numbers(rows, ("method", "options"))))
-        files = {f"{method}, one step": args.runs / f"{method}-{args.seeds[0]}" / "samples-1.npz"
-                 for method in METHODS}
-        if all(path.is_file() for path in files.values()):
-            common.draw_samples(cm.Data(config), files, None, args.assets / "consistency.png")
-        return 0
-    except (ValueError, OSError) as e:
-        cm.fail(e)
-    except FloatingPointError as e:
-        sys.exit(f"consistency: {e}")
+    flags, config, _ = common.configured(flags, UNUSED, n_max="1000", steps="6000", warmup="100")
+    if not args.table:
+        study(config, args, common.settings(flags))
+    rows = common.read_table(args.rows, ["sampler steps"])
+    print(table(common.numbers(rows, ("method", "options"))))
+    files = {f"{method}, one step": args.runs / f"{method}-{args.seeds[0]}-1.npz"
+             for method in METHODS}
+    shared.draw(config, files, args, args.assets / "consistency.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,42 +2,43 @@
 
     python -m experiments.settings.finetune
     python -m experiments.settings.finetune --table       # only the table, and assets/finetune.png
-    python -m experiments.settings.finetune --pretrained PIPELINE --data TREE       # Stable Diffusion
+    python -m experiments.settings.finetune --pretrained PIPELINE --data TREE   # Stable Diffusion
 
-W = W_f + B_g A_g + B_e A_e: W_f is frozen, B_g A_g general, B_e A_e reserved in the decoder. W_f
-has seen the balanced set without its labels; fine-tuning is with labels, on a long-tailed part.
-Options that aren't its own go to cm.py. Columns of rows.csv: trained, the number of
-parameters; FD, recall, accuracy: of `fid.py --features classifier`. "CM, θ_g": without B_e A_e.
---pretrained: a pipeline in diffusers' format, an image tree; no rows, but samples for fid.py.
+W = W_f + B_g A_g + B_e A_e: W_f is frozen, B_g A_g general, B_e A_e reserved in the decoder.
+Options that aren't its own go to cm.py. README.md says what it does, and what its rows hold.
 """
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
-import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import cm
-import fid
 from experiments import common
-from experiments.settings.finetune import pretrained
+from experiments.settings import shared
 
-METHODS = {"LoRA r_g": "lora", "LoRA r_g + r_e": "lora-wide", "CM": "cm"}  # name: its directory
-THETA_G = "CM, θ_g"
+METHODS = "LoRA r_g", "LoRA r_g + r_e", "CM"
+THETA_G = "CM, θ_g"  # CM without its B_e A_e
+FILES = dict(zip((*METHODS, THETA_G), ("lora", "lora-wide", "cm", "cm-general"), strict=True))
 SHOWN = {f"FD {s}": 1 for s in ("overall", "Many", "Medium", "Few")} | {
-    "recall Few": 3, "accuracy Few": 3}
+    "recall Few": 3, "accuracy Few": 3}  # with their digits
+PRETRAIN_STEPS = 6000  # of cm.py's network, without labels
 WEIGHT_DECAY = 1e-6  # the paper's, as the next two
 EPOCHS = 100  # of a Stable Diffusion
 SAMPLE_STEPS = 50  # of DDIM
 OWN = dict(n_max="1000", steps="3000")  # options for cm.py
 PIPELINE = dict(dataset="folder", base="ddpm", lr="3e-4")
 UNUSED = "no_cm", "rank_ratio", "seed", "warmup", "compile", "flip", "network", "run", "sampling"
+
+
+# ------------------------------------------------------------------------------------------------
+# W = W_f + B_g A_g + B_e A_e
 
 
 class LoRA(cm.LowRankReserved):
@@ -79,121 +80,198 @@ def matrices(module):
             if isinstance(layer, (nn.Conv2d, nn.Linear))}
 
 
+# ------------------------------------------------------------------------------------------------
+# What is fine-tuned, a `setting`:
+#     data: cm.Data of pixels; batches: cm.Data of what is trained on, pixels or latents;
+#     config: cm.Config; alpha_bar [T] float64; sample_batch: images sampled at a time;
+#     network(): (the frozen network, which takes labels y, the part of it that is the decoder);
+#     images(net, y, seeds): by DDIM, [B, C, H, W] in [-1, 1], of labels y and a seed each.
+
+
+class Unlabelled:
+    """cm.py's network, which cm.py trains on the whole set without its labels, once, in the
+    directory `out`. Raises ValueError where that was done with other options."""
+
+    sample_batch = 250
+
+    def __init__(self, config, out):
+        self.config, self.data = config, cm.Data(config, cm.pick_device(config.device))
+        self.batches, self.alpha_bar = self.data, cm.make_alpha_bar()
+        flags = ["--dataset", config.dataset, "--ir", "1", "--label-drop", "1", "--no-cm",
+                 "--steps", str(PRETRAIN_STEPS)]
+        for name in ("data", "device"):
+            value = getattr(config, name)
+            flags += [] if value is None else [f"--{name}", value]
+        failed = common.run(flags, out)
+        if failed:
+            raise FloatingPointError(f"the loss before fine-tuning is {failed}")
+        self.state = cm.load_trained(out / "checkpoint.pt")[1].state_dict()
+
+    def network(self):
+        """The labels' embedding, trained in full, starts at 0: fine-tuning starts from the
+        pre-trained network."""
+        unet = cm.make_unet(dataclasses.replace(self.config, no_cm=True), len(self.data.names),
+                            self.data.images.shape[1]).requires_grad_(False)
+        label = unet.label_embedding.requires_grad_(True).weight
+        unet.load_state_dict(self.state | {"label_embedding.weight": torch.zeros_like(label)})
+        return unet, unet.decoder
+
+    def images(self, net, y, seeds):
+        return cm.sample(net, y, self.data.images.shape[1:], "ddim", SAMPLE_STEPS,
+                         self.config.guidance, seeds)
+
+
+class Prompted(nn.Module):
+    """diffusers' UNet as cm.py calls a network: a label stands for its prompt, -1 for "".
+
+    prompts: embeddings [C + 1, L, D], the last that of "". Stable Diffusion's UNet has no dropout,
+    so what L_CM sees is capacity alone."""
+
+    def __init__(self, unet, prompts):
+        super().__init__()
+        self.unet = unet
+        self.register_buffer("prompts", prompts)
+
+    def forward(self, x_t, t, y):
+        return self.unet(x_t, t, self.prompts[y]).sample
+
+
+class StableDiffusion:
+    """A pipeline in diffusers' format, and the images of config.data, an image tree, at its size.
+    A class's prompt is `prompt` with its name, _ read as a blank, in place of {}. Raises ValueError
+    and OSError."""
+
+    sample_batch = 16
+
+    @torch.no_grad()
+    def __init__(self, directory, config, prompt):
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        self.pipe = pipe = StableDiffusionPipeline.from_pretrained(
+            directory, local_files_only=True, safety_checker=None)
+        noise = pipe.scheduler.config
+        if noise.prediction_type != "epsilon" or noise.num_train_timesteps != cm.T:
+            raise ValueError(f"{directory} predicts {noise.prediction_type} over "
+                             f"{noise.num_train_timesteps} steps; it must be epsilon over {cm.T}")
+        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.config = dataclasses.replace(config, image_size=size, flip=False)  # latents can't be
+        device = cm.pick_device(config.device)
+        self.data = cm.Data(self.config, device)
+
+        self.unet = pipe.unet.float()  # stays on the CPU, runs take copies
+        pipe.unet = None
+        pipe.to(device).set_progress_bar_config(disable=True)
+        # DDIMScheduler's own default would clip latents to [-1, 1]
+        pipe.scheduler = DDIMScheduler.from_config(noise, clip_sample=False)
+        self.alpha_bar = pipe.scheduler.alphas_cumprod.double()
+        prompts = [prompt.replace("{}", name.replace("_", " ")) for name in self.data.names]
+        self.prompts = pipe.encode_prompt([*prompts, ""], device, 1, False)[0]
+
+        # means of the posterior, stored as 127.5 (z + 1): what cm.draw_batch makes z of again
+        parts = tqdm(self.data.images.split(self.sample_batch), "latents", unit="batch")
+        z = torch.cat([pipe.vae.encode(cm.to_float(x)).latent_dist.mode() for x in parts])
+        self.batches = copy.copy(self.data)
+        self.batches.images = 127.5 * (pipe.vae.config.scaling_factor * z + 1)
+
+    def network(self):
+        unet = copy.deepcopy(self.unet).requires_grad_(False)
+        return Prompted(unet, self.prompts), unet.up_blocks
+
+    def images(self, net, y, seeds):  # from the pipeline itself
+        self.pipe.unet = net.unet
+        empty = net.prompts[torch.full_like(y, -1)]
+        x = self.pipe(prompt_embeds=net.prompts[y], negative_prompt_embeds=empty,
+                      num_inference_steps=SAMPLE_STEPS, guidance_scale=1 + self.config.guidance,
+                      generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                      output_type="pt").images
+        return 2 * x - 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
 def fine_tune(net, setting, config, path, options):
-    """Train the parameters of `net` that require gradients, from the checkpoint at `path` on if
-    there is one; at the end put their moving averages into `net`. The checkpoint holds them alone,
-    without W_f. setting: see pretrained.py. Raises ValueError as common.train does."""
+    """Train the parameters of `net` that require gradients; see shared.fit. The checkpoint is
+    without W_f."""
     device, kind = setting.data.images.device, cm.precision(config, setting.data.images.device)
-    trained = nn.ParameterList(p for p in net.parameters() if p.requires_grad)
-    ema = copy.deepcopy(trained).requires_grad_(False)
-    parameters, averages = list(trained), list(ema)
     losses = cm.CapacityManipulation.from_config(net, setting.data.counts, config).to(device)
     losses.alpha_bar.copy_(setting.alpha_bar)
-    adam = torch.optim.AdamW(parameters, config.lr, weight_decay=WEIGHT_DECAY)
-    scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
 
-    def step(i):
+    def loss(i):
         batch = cm.draw_batch(setting.batches, config, config.batch_size, i)
         with cm.autocast(kind, device):
-            loss = losses(*batch)[0]
-        cm.update(loss, parameters, averages, adam, scaler, min(config.ema, (1 + i) / (10 + i)))
-        return loss.detach()
+            return losses(*batch)[0]
 
-    state = dict(trained=trained, ema=ema, adam=adam, scaler=scaler)
-    common.train(step, state, path, config.steps, config.seed, options)
-    trained.load_state_dict(ema.state_dict())
-    net.eval()
+    shared.fit(net, loss, path, options, config.steps, config.seed, config.lr, ema=config.ema,
+               weight_decay=WEIGHT_DECAY, fp16=kind == "fp16")
 
 
-def npz(args, config, method, seed, kind="samples"):
-    """Where samples of a run lie; of kind "general" are those of CM's theta_g."""
-    guided = f"-g{config.guidance:g}" if config.guidance else ""
-    return args.runs / f"{METHODS[method]}-{seed}" / f"{kind}-{args.num_images}{guided}.npz"
+def npz(args, config, name, seed):
+    """Where the samples of a row lie."""
+    return args.runs / f"{FILES[name]}-{seed}-{args.num_images}-g{config.guidance:g}.npz"
 
 
-def samples(setting, method, seed, args, options):
+def run(setting, method, seed, args, options):
     """Train and sample, or go on there: ({row's name: .npz}, number of trained parameters)."""
-    directory, device = args.runs / f"{METHODS[method]}-{seed}", setting.data.images.device
+    config = dataclasses.replace(setting.config, seed=seed, no_cm=method != "CM")
+    device, path = setting.data.images.device, args.runs / f"{FILES[method]}-{seed}.pt"
     torch.manual_seed(cm.hashed_seed("weights", seed))
     net, decoder = setting.network()
     add_factors(net, decoder, method, *args.ranks)
     net = cm.lay_out(net, device)
-    config = dataclasses.replace(setting.config, seed=seed, no_cm=method != "CM")
-    path = directory / f"{directory.name}.pt"
-    if not path.is_file():  # samples, if there are any, are of another network
-        for file in directory.glob("*.npz"):
-            file.unlink()
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     fine_tune(net, setting, config, path, options)
 
     merged = {method: cm.merge(net)}
     if method == "CM":
         with cm.general_only(net):
             merged[THETA_G] = cm.merge(net)
-    paths = {name: npz(args, config, method, seed, "general" if name == THETA_G else "samples")
-             for name in merged}
-    labels = torch.arange(args.num_images) % len(setting.data.names)
-    seeds = [cm.hashed_seed("image", seed, i) for i in range(args.num_images)]  # for all methods
-    for name, path in paths.items():
-        if not path.is_file():
-            images = []
-            for i in tqdm(range(0, args.num_images, setting.sample_batch), f"sampling {path}"):
-                y = labels[i:i + setting.sample_batch]
-                with torch.no_grad(), cm.autocast(cm.precision(config, device), device):
-                    images.append(setting.images(merged[name], y.to(device), SAMPLE_STEPS,
-                                                 seeds[i:i + len(y)]))
-            common.save_samples(path, np.concatenate(images), labels, setting.data.counts.cpu(),
-                                guidance=config.guidance, sampler="ddim",
-                                sample_steps=SAMPLE_STEPS)
     if args.pretrained:
-        merged[method].unet.save_pretrained(directory / "unet")
-    return paths, sum(p.numel() for p in net.parameters() if p.requires_grad)
+        merged[method].unet.save_pretrained(path.with_suffix(""))
+    files = {name: npz(args, config, name, seed) for name in merged}
+    for name, file in files.items():
+        if not file.is_file():
+            images = functools.partial(setting.images, merged[name])
+            with cm.autocast(cm.precision(config, device), device):
+                shared.sample(file, images, setting.data, args.num_images, seed,
+                              setting.sample_batch, guidance=config.guidance, sampler="ddim",
+                              sample_steps=SAMPLE_STEPS)
+    return files, trained
 
 
 def study(config, args, options):
-    """Every run that has no rows yet. Raises ValueError."""
+    """Every run of cm.py's network that has no rows yet. Raises ValueError."""
     kept = f"{options} --num-images {args.num_images}"
     missing = [(seed, method) for seed, method in itertools.product(args.seeds, METHODS)
                if not common.has_row(args.rows, kept, method=method, seed=seed)]
     if missing:
-        unet = cm.make_unet(dataclasses.replace(config, no_cm=True), 10, 1)
-        add_factors(unet, unet.decoder, "CM", *args.ranks)  # for its checks
-        setting = pretrained.Unlabelled(config, args.runs / "pretrained", args.pretrain_steps)
+        setting = Unlabelled(config, args.runs / "pretrained")
     for seed, method in missing:
-        paths, trained = samples(setting, method, seed, args, options)
-        new = []
-        for name, path in paths.items():
-            scores = fid.evaluate(path, config.dataset, config.data, features="classifier",
-                                  device=str(setting.data.images.device), cache=args.runs / "fid")
-            new.append(dict(method=name, seed=seed, steps=config.steps, trained=trained) | {
-                f"{value} {split}": scores.get(split, {}).get(value, math.nan)
-                for value, split in map(str.split, SHOWN)})
-        common.add_rows(args.rows, kept, new)
+        files, trained = run(setting, method, seed, args, options)
+        common.add_rows(args.rows, kept, [
+            dict(method=name, seed=seed, steps=config.steps, trained=trained) | shared.scores(
+                file, config, setting.data.images.device, args.runs / "fid", SHOWN)
+            for name, file in files.items()])
 
 
-def table(rows):
-    """As text: mean ± standard deviation, and CM against each other row, paired by seed."""
-    runs = {name: run.set_index("seed") for name, run in rows.groupby("method")}
-    values, pairs = [], []
-    for name, run in ((name, runs[name]) for name in (*METHODS, THETA_G) if name in runs):
-        values.append({"method": name, "trained": f"{run['trained'].iloc[0]:,.0f}",
-                       "seeds": len(run)} | {
-                           column: common.spread(run[column], n) for column, n in SHOWN.items()})
-        if name != "CM" and "CM" in runs:
-            pairs.append({"difference": f"CM − ({name})"} | {
-                column: common.interval(*common.difference(runs["CM"][column], run[column])[:2], n)
-                for column, n in SHOWN.items()})
-    return "\n\n".join([
-        f"exploratory: {rows['seed'].nunique()} seeds; mean ± standard deviation",
-        common.markdown(values), "paired differences: mean and 95 % interval over seeds",
-        common.markdown(pairs)])
-
-
-def draw(data, args, config, path, columns=8):
-    """A row a rare class: real images, then each method's of one seed, from the same noise."""
-    few = cm.splits(data.counts.cpu())["Few"]
-    files = {method: npz(args, config, method, args.seeds[0]) for method in METHODS}
-    columns = min(columns, args.num_images // len(data.names))
-    common.draw_samples(data, files, few, path, columns)
+def tune_pipeline(flags, args):
+    """Every run on a Stable Diffusion, and how to score its samples: its configuration, and where
+    they lie. Raises ValueError."""
+    flags, config, typed = common.configured(flags, UNUSED, ["guidance"], **PIPELINE)
+    cm.check("{}" in args.prompt, "prompt", args.prompt, "a text with {} for the class's name")
+    cm.check((args.pretrained / "model_index.json").is_file(), "pretrained", args.pretrained,
+             "the directory of a Stable Diffusion in diffusers' format")
+    options = common.settings(
+        [*flags, "--ranks", *map(str, args.ranks), "--prompt", args.prompt, "--pretrained",
+         str(args.pretrained)], without=("--device", "--amp", "--guidance"))
+    args.runs /= args.pretrained.resolve().name
+    setting = StableDiffusion(args.pretrained, config, args.prompt)
+    if "steps" not in typed:
+        setting.config.steps = math.ceil(EPOCHS * len(setting.data.images) / config.batch_size)
+    for seed, method in itertools.product(args.seeds, METHODS):
+        for file in run(setting, method, seed, args, options)[0].values():
+            print(f"python fid.py {file} --dataset folder --data {config.data}")
+    return setting.config, args.runs
 
 
 @common.interruptible
@@ -201,57 +279,27 @@ def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
     parser.add_argument("--pretrained", type=Path, help="a Stable Diffusion in diffusers' format, "
                         "to fine-tune on the image tree --data")
-    parser.add_argument("--prompt",
-                        help="with --pretrained: of a class, whose name stands for {} "
-                             "[default: a {} painting, as in the paper]")
+    parser.add_argument("--prompt", default="a {} painting", help="with --pretrained: of a class, "
+                        "whose name stands for {} [default: a {} painting, as in the paper]")
     parser.add_argument("--ranks", type=int, nargs=2, metavar=("R_G", "R_E"),
                         help="of B_g A_g and B_e A_e [default: 8 2; with --pretrained 128 8]")
-    parser.add_argument("--pretrain-steps", type=int, default=6000,
-                        help="steps that W_f is trained, without labels [default: 6000]")
     parser.add_argument("--num-images", type=int, default=5000,
                         help="generated images of a run [default: 5000]")
     args, flags = parser.parse_known_args(argv)
-    args.ranks = args.ranks or ([128, 8] if args.pretrained else [8, 2])
     torch.set_num_threads(1)  # results repeat only with the same number of threads
-    try:
-        flags, config, typed = common.configured(flags, UNUSED, ["guidance"],
-                                                 **(PIPELINE if args.pretrained else OWN))
-        config = dataclasses.replace(config, flip=False)  # latents can't be flipped
-        cm.check(args.num_images >= 100, "num_images", args.num_images, "at least 100")
-        cm.check(args.pretrain_steps >= 1, "pretrain_steps", args.pretrain_steps, "at least 1")
-        flags += ["--ranks", *map(str, args.ranks), "--pretrain-steps", str(args.pretrain_steps)]
-        if args.prompt is not None and not args.pretrained:
-            raise ValueError("--prompt has no meaning without --pretrained")
-        if args.pretrained:
-            args.prompt = "a {} painting" if args.prompt is None else args.prompt
-            if args.table:
-                raise ValueError("--pretrained has no table: it writes samples for fid.py")
-            cm.check(config.guidance >= 0, "guidance", config.guidance, "at least 0 for diffusers")
-            args.runs /= args.pretrained.resolve().name
-            setting = pretrained.StableDiffusion(args.pretrained, config, args.runs, args.prompt)
-            options = common.settings([*flags, "--prompt", args.prompt],
-                                      ("--data", "--device", "--amp", "--guidance"))
-            options += f" on {setting.made_of()}"
-            if "steps" not in typed:
-                setting.config.steps = setting.steps(EPOCHS)
-            for seed, method in itertools.product(args.seeds, METHODS):
-                for path in samples(setting, method, seed, args, options)[0].values():
-                    pretrained.draw_grid(path)
-                    print(f"python fid.py {path} --dataset folder --data {config.data}")
-            draw(setting.data, args, config, args.runs / "finetune.png")
-            return 0
+    args.ranks = args.ranks or ([128, 8] if args.pretrained else [8, 2])
+    if args.pretrained and not args.table:
+        config, pictures = tune_pipeline(flags, args)
+    else:
+        flags, config, _ = common.configured(flags, UNUSED, ["guidance"], **OWN)
         if not args.table:
-            study(config, args, common.settings(flags))
-        rows = common.read_table(args.rows, ["trained", *SHOWN])
-        print(table(common.numbers(rows, ("method", "options"))))
-        if all(npz(args, config, method, args.seeds[0]).is_file() for method in METHODS):
-            draw(cm.Data(config), args, config, args.assets / "finetune.png")
-        return 0
-    except (ValueError, OSError, ImportError) as e:
-        cm.fail(e)
-    except FloatingPointError as e:
-        sys.exit(f"finetune: {e}")
+            study(config, args, common.settings([*flags, "--ranks", *map(str, args.ranks)]))
+        rows, pictures = common.read_table(args.rows, SHOWN), args.assets
+        print(shared.compared(common.numbers(rows, ("method", "options")), SHOWN,
+                              [name for name in FILES if name != "CM"], same=["trained"]))
+    files = {method: npz(args, config, method, args.seeds[0]) for method in METHODS}
+    shared.draw(config, files, args, pictures / "finetune.png", "Few")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,6 @@
-"""The captioned images of text_to_image.py: shapes, their attributes as words. No command line.
+"""The captioned images of this chapter: shapes, their attributes as words. No command line.
 
-A data set of one's own, CUB-200 or Oxford-102, enters here: see "Text to image" in README.md.
+A data set of one's own, CUB-200 or Oxford-102, enters here: see README.md.
 """
 
 import math
@@ -8,14 +8,51 @@ import math
 import numpy as np
 import torch
 
-SHAPES = ("disc", "ring", "cross", "bar", "square", "triangle", "crescent", "heart", "star",
-          "frame")
 RADII = {"small": (0.32, 0.38), "large": (0.48, 0.53)}  # of half the image's side
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # 60 degrees of hue apart
 PLACES = {"upper left": (-0.36, -0.36), "upper right": (0.36, -0.36), "centre": (0, 0),
           "lower left": (-0.36, 0.36), "lower right": (0.36, 0.36)}  # (x, y), y downwards
-UPRIGHT = {"heart": 225, "star": 270}  # degrees from how `signed_distance` has them
+UPRIGHT = {"heart": 225, "star": 270}  # degrees from how SHAPES has them
 LENGTH = 7  # words a caption, at most
+
+
+def box(x, y, a, b):
+    """Signed distance (nearly) from points (x, y) to the rectangle |x| < a, |y| < b."""
+    return np.maximum(abs(x) - a, abs(y) - b)
+
+
+def triangle(x, y):  # three half-planes
+    normals = np.pi * np.array([0.5, 7 / 6, 11 / 6])
+    return np.max([x * math.cos(a) + y * math.sin(a) for a in normals], 0) - 0.5
+
+
+def heart(x, y):  # a square with a half-disc on each of two sides
+    x, y = x + 0.2, y + 0.2
+    discs = np.minimum(np.hypot(x - 0.5, y), np.hypot(x, y - 0.5)) - 0.5
+    return np.minimum(box(x, y, 0.5, 0.5), discs)
+
+
+def star(x, y):  # five-fold symmetry: fold the angle, then one edge from tip to notch
+    a = abs((np.arctan2(y, x) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    notch = 0.45 * np.array([math.cos(np.pi / 5), math.sin(np.pi / 5)])
+    edge = math.hypot(notch[1], 1.0 - notch[0])
+    normal = np.array([notch[1], 1.0 - notch[0]]) / edge
+    r = np.hypot(x, y)
+    return (r * np.cos(a) - 1.0) * normal[0] + r * np.sin(a) * normal[1]
+
+
+SHAPES = {  # signed distance, negative inside, from points (x, y) to a shape of about unit radius
+    "disc": lambda x, y: np.hypot(x, y) - 0.85,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.7) - 0.22,
+    "cross": lambda x, y: np.minimum(box(x, y, 0.95, 0.28), box(x, y, 0.28, 0.95)),
+    "bar": lambda x, y: np.hypot(x - np.clip(x, -0.75, 0.75), y) - 0.22,
+    "square": lambda x, y: box(x, y, 0.75, 0.75),
+    "triangle": triangle,
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.72 - np.hypot(x - 0.42, y)),
+    "heart": heart,
+    "star": star,
+    "frame": lambda x, y: abs(box(x, y, 0.66, 0.66)) - 0.17,
+}
 
 
 def captioned_images(per_class, seed, size=32):
@@ -37,64 +74,24 @@ def captioned_images(per_class, seed, size=32):
         degrees = rng.uniform(25, 45, per_class) * rng.choice([-1, 1], per_class) * turned
         angle = np.radians(degrees + UPRIGHT.get(shape, 0))
         hue = colours / len(COLOURS) + rng.uniform(-0.04, 0.04, per_class)
-        images.append(drawn(shape, radius, centre, angle, colour_of(hue), size))
+        images.append(drawn(SHAPES[shape], radius, centre, angle, colour_of(hue), size))
     images = torch.from_numpy(np.concatenate(images))
     return images, captions, np.repeat(np.arange(len(SHAPES)), per_class)
 
 
-def drawn(shape, radius, centre, angle, colour, size):
-    """Anti-aliased shapes on black, uint8 [N, 3, size, size], of radius [N], angle [N] in radians,
-    colour [N, 3] in [0, 1], and centre [N, 2] (x, y): their centroid, which is what `read` finds.
-    Coordinates are in [-1, 1]."""
+def drawn(distance, radius, centre, angle, colour, size):
+    """Anti-aliased shapes on black, uint8 [N, 3, size, size]: distance of SHAPES; radius [N];
+    centre [N, 2] (x, y) in [-1, 1], their centroid; angle [N] in radians; colour [N, 3]."""
     fine = np.mgrid[-1:1:201j, -1:1:201j]  # (y, x)
-    inside = signed_distance(shape, *fine[::-1]) < 0
-    centroid_y, centroid_x = fine[:, inside].mean(1)  # where the shape is drawn with centre 0
+    centroid_y, centroid_x = fine[:, distance(*fine[::-1]) < 0].mean(1)  # of the shape in SHAPES
     radius, angle = radius[:, None, None], angle[:, None, None]
     grid = (np.arange(size) + 0.5) / size * 2 - 1  # pixel centres
     u = (grid - centre[:, 0, None, None]) / radius  # [N, 1, size]
     v = (grid[:, None] - centre[:, 1, None, None]) / radius  # [N, size, 1]
     x = u * np.cos(angle) + v * np.sin(angle) + centroid_x
     y = v * np.cos(angle) - u * np.sin(angle) + centroid_y
-    cover = np.clip(0.5 - signed_distance(shape, x, y) * radius * size / 2, 0, 1)
+    cover = np.clip(0.5 - distance(x, y) * radius * size / 2, 0, 1)
     return np.rint(255 * cover[:, None] * colour[:, :, None, None]).astype(np.uint8)
-
-
-def box(x, y, a, b):
-    """Signed distance (nearly) from points (x, y) to the rectangle |x| < a, |y| < b."""
-    return np.maximum(abs(x) - a, abs(y) - b)
-
-
-def signed_distance(shape, x, y):
-    """Signed distance, negative inside, from points (x, y) to a shape of about unit radius."""
-    r = np.hypot(x, y)
-    if shape == "disc":
-        return r - 0.85
-    if shape == "ring":
-        return abs(r - 0.7) - 0.22
-    if shape == "cross":
-        return np.minimum(box(x, y, 0.95, 0.28), box(x, y, 0.28, 0.95))
-    if shape == "bar":
-        return np.hypot(x - np.clip(x, -0.75, 0.75), y) - 0.22
-    if shape == "square":
-        return box(x, y, 0.75, 0.75)
-    if shape == "triangle":  # three half-planes
-        normals = np.pi * np.array([0.5, 7 / 6, 11 / 6])
-        return np.max([x * math.cos(a) + y * math.sin(a) for a in normals], 0) - 0.5
-    if shape == "crescent":
-        return np.maximum(r - 0.9, 0.72 - np.hypot(x - 0.42, y))
-    if shape == "heart":  # a square with a half-disc on each of two sides
-        x, y = x + 0.2, y + 0.2
-        discs = np.minimum(np.hypot(x - 0.5, y), np.hypot(x, y - 0.5)) - 0.5
-        return np.minimum(box(x, y, 0.5, 0.5), discs)
-    if shape == "star":  # five-fold symmetry: fold the angle, then one edge from tip to notch
-        a = abs((np.arctan2(y, x) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-        notch = 0.45 * np.array([math.cos(np.pi / 5), math.sin(np.pi / 5)])
-        edge = math.hypot(notch[1], 1.0 - notch[0])
-        normal = np.array([notch[1], 1.0 - notch[0]]) / edge
-        return (r * np.cos(a) - 1.0) * normal[0] + r * np.sin(a) * normal[1]
-    if shape == "frame":
-        return abs(box(x, y, 0.66, 0.66)) - 0.17
-    raise ValueError(f"unknown shape {shape!r}")
 
 
 def colour_of(hue):
@@ -120,11 +117,8 @@ def read(images):
     centroid = torch.stack([(light.sum(1) * grid).sum(1), (light.sum(2) * grid).sum(1)], 1)
     known = torch.tensor(list(PLACES.values()), dtype=torch.float64)
     places = torch.cdist(centroid / total[:, None], known).argmin(1)
-
-    def words(names, found):
-        return [names[i] if lit else "?" for i, lit in zip(found, total > 0, strict=True)]
-
-    return words(COLOURS, colours), words(list(PLACES), places)
+    return [[names[i] if lit else "?" for i, lit in zip(found, total > 0, strict=True)]
+            for names, found in ((COLOURS, colours), (list(PLACES), places))]
 
 
 def split(caption):
