@@ -179,7 +179,7 @@ TITLES = {"large": "A network large for its data: 8×8 images, 200 to 2 a class"
 
 
 def draw(rows, assets):
-    """study.png: FD on Few of the main arms, a panel a setting; study_arms.png: of all, in large."""
+    """study.png, FD on Few of the main arms, a panel a setting; study_arms.png, of all in large."""
     for name, arms, settings in (("study", MAIN, SETTINGS), ("study_arms", ARMS, ["large"])):
         shown = {setting: names for setting in settings
                  if (names := [arm for arm in arms if len(at(rows, setting, arm))])}
