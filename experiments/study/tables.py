@@ -191,8 +191,8 @@ def draw(rows, assets):
         for axis, (setting, names) in zip(panels, shown.items(), strict=True):
             draw_arms(axis, [at(rows, setting, arm) for arm in names], names)
             axis.set_title(TITLES[setting], loc="left", fontsize=10)
-        panels[-1].set_xlabel("FD on Few, without guidance: the distance of rare classes' images "
-                              "from real ones (lower is better)")
+        figure.supxlabel("FD on Few, without guidance: the distance of rare classes' images from "
+                         "real ones (lower is better)", fontsize=10)
         common.save(figure, assets / f"{name}.png")
 
 
@@ -209,7 +209,8 @@ def draw_arms(axis, runs, names):
             axis.axvline(values.mean(), color=colour, ls=":", lw=1)
     axis.set_yticks(range(len(names)), map(name_of, names, runs))
     axis.set_ylim(len(names) - 0.4, -0.6)
-    axis.set_xscale("log", base=2)  # what runs off is far
-    axis.xaxis.set_major_locator(LogLocator(2, subs=(1, 1.25, 1.5, 1.75)))
-    axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(axis="x", alpha=0.3)
+    if fd.max(axis=None) > 5 * fd.min(axis=None):  # what runs off is far
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(LogLocator(2, subs=(1, 1.25, 1.5, 1.75)))
+        axis.xaxis.set_major_formatter("{x:g}")
