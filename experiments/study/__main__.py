@@ -21,8 +21,7 @@ def main(argv=None):
     parser = common.parser(__file__, __doc__)
     parser.add_argument("--stage", choices=study.STAGES, nargs="+", default=list(study.STAGES))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study"),
-                        help="where run directories lie; outside the work tree they outlive it")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where runs lie")
     parser.add_argument("--num-images", type=int, default=2500, help="generated images a row")
     args, flags = parser.parse_known_args(argv)
     try:

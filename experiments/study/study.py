@@ -8,7 +8,6 @@ import re
 import subprocess
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,9 +101,8 @@ def measure(run, points, flags, runs, num_images, commit):
           open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
         fcntl.flock(lock, fcntl.LOCK_EX)  # another stage, or a killed study's process, may be here
-        _, losses, network = ARMS[run.arm]
-        status = common.run(options_of(run, flags), directory / "run", losses=losses,
-                            network=network)
+        status = common.run(options_of(run, flags), directory / "run",
+                            losses=ARMS[run.arm].losses, network=ARMS[run.arm].network)
         device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
                   f"CPU, {torch.get_num_threads()} thread")
         row = run._asdict() | dict(status=status or "finished", device=device, commit=commit,
@@ -228,12 +226,10 @@ def study(names, path, runs, flags, jobs, num_images):
                              f"{options}; name another file with --rows")
     missing = missing_points([STAGES[name] for name in names], rows)
     print(f"{len(missing)} runs to come", flush=True)
-    if not torch.cuda.is_available():  # results repeat only with the same number of threads
-        os.environ["OMP_NUM_THREADS"] = "1"
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    os.environ["OMP_NUM_THREADS"] = "1"  # results repeat only with the same number of threads
+    git = ["git", "-C", str(common.HERE), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, max_tasks_per_child=1) as pool:  # spawned, each for one run
         try:
             tasks = [pool.submit(measure, run, points, flags, runs, num_images, commit)
                      for run, points in missing]
