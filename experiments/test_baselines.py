@@ -386,7 +386,7 @@ def test_experts_have_a_third_of_cms_rank_and_start_at_nothing():
         for name, m in experts.items():
             third = max(1, len(reserved[name].A) // 3)
             assert len(m.A.weight) == m.B.weight.shape[1] == 3 * third
-            assert not m.B.weight.any() and m.A.weight.std() > 0
+            assert not m.B.weight.any() and m.A.weight.std() > 0 and m.A.bias is m.B.bias is None
     with pytest.raises(ValueError, match="no label to choose the expert"):
         baselines.group_expert_unet(configure("--no-cm", "--label-drop", "1"), 2, 1)
 
