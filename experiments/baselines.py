@@ -1,5 +1,5 @@
-"""What CM is compared with and cm.py lacks: the paper's Overlap, ADA, Group-Expert LoRA and CBDM
-(LoRA); and the study's, which take CM apart: agreement alone, uniform weights, two passes averaged.
+"""What CM is compared with and cm.py lacks: the paper's Overlap, ADA and Group-Expert LoRA; and the
+study's, which take CM apart: agreement alone, uniform weights, two passes averaged.
 
 Each is a loss module, a network, or both, for `cm.train`; `cm.load_trained` and `cm.generate` take
 the network. `BASELINES`, at the end, names them with their options. Others need no code: capacity
@@ -105,15 +105,12 @@ class Overlap(cm.CapacityManipulation):
     """Overlap optimization (DiffROP, Yan et al. 2024): the steps of different classes are kept
     apart. This is our reading; its code and constants aren't published.
 
-    With eps(y), x_{t-1} is a Gaussian of variance beta_t around Algorithm C.1's mean. For y and
-    another class y' these have KL = beta_t / (2 alpha_t (1 - alpha_bar_t)) ||eps(y) - eps(y')||^2
-    nats an image if ||.||^2 is a sum over C x H x W. Here it is a mean, as in all of cm.py: KL and
-    `margin` are nats a pixel value. gamma * max(0, margin - KL) is added to DDPM's base loss,
-    nothing where the label is dropped. In log.csv that term is `cm` and KL is `d`."""
+    Under labels y and y' one step of Algorithm C.1 gives two Gaussians. Between them lie
+    KL = beta_t / (2 alpha_t (1 - alpha_bar_t)) ||eps(y) - eps(y')||^2 nats, here a pixel value.
+    gamma * max(0, margin - KL) is added to DDPM's base loss, nothing where the label is dropped.
+    In log.csv that term is `cm` and KL is `d`."""
 
-    # Of six pairs the one with the lowest FD on Few, in one seed, at commit f7283d9. From t = 100
-    # on KL's factor is 0.005 to 0.01: there the push is a twentieth to a tenth of the base loss's
-    # pull, up to a distance of 0.01 to 0.02
+    # of six pairs the one with the lowest FD on Few, in one seed, at commit f7283d9
     gamma, margin = 10.0, 1e-4
 
     def forward(self, x0, y, t, eps, y_in):
@@ -132,8 +129,8 @@ class Overlap(cm.CapacityManipulation):
 
     def other_classes(self, y):
         """y' [B], uniform over the classes that y isn't."""
-        num_classes = len(self.counts)
-        return (y + torch.randint(1, num_classes, y.shape, device=y.device)) % num_classes
+        others = torch.randint(1, len(self.counts), y.shape, device=y.device)
+        return (y + others) % len(self.counts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -141,15 +138,15 @@ class Overlap(cm.CapacityManipulation):
 # 2022, augment.py), which CBDM's and OC's code follow: the network is told what was changed
 
 
-def draw_changes(n, flip, device=None, p=0.12):
+def draw_changes(n, flip, device=None):
     """What is changed on each of n images, [8, n]: horizontal and vertical flip (0 or 1), scale,
     angle, stretch, the stretch's axis, shift to the right and down. 0 changes nothing.
 
     Angles are uniform in (-pi, pi), the others normal. Each kind of change comes with probability
-    p, a vertical flip with p / 2, a horizontal one with 1/2 where `flip`, else never. (EDM's code;
-    its axis is upright half the time, CBDM's code's never)"""
+    0.12, a vertical flip with half of it, a horizontal one with 1/2 where `flip`, else never.
+    (EDM's code; its axis is upright half the time, CBDM's code's never)"""
     mirrored = (torch.rand(2, n, device=device) < 0.5).float()
-    vertical, scaled, turned, stretched, shifted = torch.rand(5, n, device=device) < p
+    vertical, scaled, turned, stretched, shifted = torch.rand(5, n, device=device) < 0.12
     normal = torch.randn(4, n, device=device)
     angle, axis = math.pi * (2 * torch.rand(2, n, device=device) - 1)
     return torch.stack([mirrored[0] * flip, mirrored[1] * vertical, normal[0] * scaled,
@@ -227,13 +224,8 @@ class ToldUNet(cm.UNet):
 
 
 def told_unet(config, num_classes, image_channels):
-    return ToldUNet(num_classes, image_channels, *widths_of(config))
-
-
-def widths_of(config):
-    """What cm.UNet takes of a configuration, in order."""
-    return (config.image_size, config.channels, config.multipliers, config.blocks,
-            config.attention, config.dropout)
+    return ToldUNet(num_classes, image_channels, config.image_size, config.channels,
+                    config.multipliers, config.blocks, config.attention, config.dropout)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -264,41 +256,28 @@ class GroupExperts(nn.Module):
         return self.layer(x) + self.B(a * own.view(own.shape + (1,) * (a.ndim - 2)))
 
 
-class RoutedUNet(cm.UNet):
-    """A UNet whose decoder's GroupExperts each sample passes by its label, also when sampling.
-
-    `router` [C + 1, 3] is 1 where a class is in a group; its last row, y = -1, stays 0."""
-
-    def __init__(self, num_classes, *args):
-        super().__init__(num_classes, *args)
-        self.register_buffer("router", torch.zeros(num_classes + 1, 3))
-
-    def forward(self, x_t, t, y):
-        for layer in self.decoder.modules():
-            if isinstance(layer, GroupExperts):
-                layer.own = self.router[y]
-        return super().forward(x_t, t, y)
-
-
 def group_expert_unet(config, num_classes, image_channels):
     """Experts for Many, Medium and Few wherever CM reserves, with a third of its rank, at least 1.
 
-    They are trained from scratch with the general weights. Raises ValueError if unconditional."""
+    They are trained from scratch with the general weights. `router` [C + 1, 3] is 1 where a class
+    is in a group; its last row, y = -1, stays 0. Raises ValueError if unconditional."""
     if config.label_drop == 1:
         raise ValueError("--label-drop 1 leaves no label to choose the expert")
-    unet = reserve(RoutedUNet(num_classes, image_channels, *widths_of(config)), config.rank_ratio)
+    with_ba = dataclasses.replace(config, no_cm=False)
+    unet = cm.make_unet(with_ba, num_classes, image_channels)
     cm.replace_modules(unet.decoder, {
         reserved: GroupExperts(reserved.layer, max(1, len(reserved.A) // 3))
         for reserved in cm.reserved_layers(unet)})
+    unet.register_buffer("router", torch.zeros(num_classes + 1, 3))
+    unet.register_forward_pre_hook(route)
     return unet
 
 
-def reserve(unet, rank_ratio):
-    """`unet` with capacity reserved where `cm.make_unet` does."""
-    last = unet.decoder[-1][-1]
-    cm.reserve_capacity(unet.decoder, rank_ratio, where=lambda layer: (
-        layer is not last and layer.weight.shape[2:] == (3, 3)))
-    return unet
+def route(unet, inputs):
+    """Before unet(x_t, t, y), also when sampling: each sample's group is that of its label."""
+    for layer in unet.decoder.modules():
+        if isinstance(layer, GroupExperts):
+            layer.own = unet.router[inputs[2]]
 
 
 class GroupExpertLoRA(cm.CapacityManipulation):
@@ -311,26 +290,7 @@ class GroupExpertLoRA(cm.CapacityManipulation):
 
 
 # ------------------------------------------------------------------------------------------------
-# CBDM (LoRA) (Tab. 1): a trained CBDM network, fine-tuned in a low rank
-
-
-def lora_of(checkpoint=None):
-    """A network for `cm.train`: the EMA weights of a plain network's checkpoint.pt, frozen, and in
-    the decoder a low rank BA, CM's, that is trained. It starts as that network.
-
-    Without a checkpoint it is for `cm.load_trained` and `cm.generate`, where all weights come from
-    the fine-tuned run's own. Raises ValueError where the checkpoint's network is another one."""
-
-    def frozen_with_lora(config, num_classes, image_channels):
-        unet = cm.make_unet(config, num_classes, image_channels)
-        if checkpoint:
-            cm.load_weights(unet, cm.load_trained(checkpoint)[1].state_dict(), checkpoint)
-        else:
-            for p in unet.parameters():
-                nn.init.constant_(p, math.nan)  # never to be trained on
-        return reserve(unet.requires_grad_(False), config.rank_ratio)  # A and B are trained
-
-    return frozen_with_lora
+# All of them
 
 
 class Variation(NamedTuple):
@@ -348,6 +308,4 @@ BASELINES = {
     "DDPM, two passes": Variation("--no-cm --base ddpm", TwoPasses),
     "ADA": Variation("--no-cm --base ddpm", ADA, told_unet),
     "Overlap": Variation("--no-cm --base ddpm", Overlap),
-    "Group-Expert LoRA": Variation("--no-cm --base ddpm", GroupExpertLoRA, group_expert_unet),
-    # to train it: network=lora_of(the checkpoint.pt of the same seed's `--no-cm --base cbdm`)
-    "CBDM (LoRA)": Variation("--no-cm --base cbdm --steps 3000", network=lora_of())}
+    "Group-Expert LoRA": Variation("--no-cm --base ddpm", GroupExpertLoRA, group_expert_unet)}

@@ -2,22 +2,15 @@
 
 import contextlib
 import fcntl
-import functools
 import multiprocessing
 import os
 import re
-import signal
 import subprocess
-import threading
-import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import cm
 import fid
@@ -64,28 +57,24 @@ PAPER = {
     "CM, dropout 0": Variation("--dropout 0"),
     "DDPM, dropout 0.3": Variation("--no-cm --dropout 0.3"),
     "CM, dropout 0.3": Variation("--dropout 0.3")}
-ARMS = QUESTION | BALANCE | PARTS | PAPER
-
+ARMS = {arm: Variation(flags, baselines.counted(losses), baselines.with_tally(network))
+        for arm, (flags, losses, network) in (QUESTION | BALANCE | PARTS | PAPER).items()}
 
 Run = namedtuple("Run", "setting arm seed")  # one training
 Point = namedtuple("Point", "network guidance")  # how it is sampled: θ, or θ_g without BA
 Stage = namedtuple("Stage", "setting seeds points")  # points: {arm: [Point]}
 
-
-def make_stages():
-    """{name: Stage}, in the order in which they are run, each seed by seed."""
-    both = [Point("θ", 0.0), Point("θ", 1.5)]
-    more = [Point("θ", guidance) for guidance in (0.5, 1.0, 3.0)]
-    general = [Point("θ_g", 0.0), Point("θ_g", 1.5)]
-    return {
-        "question": Stage("large", range(20, 30), dict.fromkeys(QUESTION, both)),
-        "balance": Stage("large", range(20, 25), dict.fromkeys(BALANCE, both)),
-        "parts": Stage("large", range(20, 25), dict.fromkeys(PARTS, both)),
-        "paper": Stage("large", range(20, 23), dict.fromkeys(PAPER, both)),
-        "guidance": Stage("large", range(20, 30), {"DDPM": more, "CM": general + more}),
-        "small": Stage("small", range(20, 25), dict.fromkeys(
-            ("DDPM", "CM", "agreement alone", "capacity alone", "RS", "CM with RS"), both))}
-
+BOTH = [Point("θ", 0.0), Point("θ", 1.5)]
+MORE = [Point("θ", 0.5), Point("θ", 1.0), Point("θ", 3.0)]
+STAGES = {  # in the order in which they are run, each seed by seed
+    "question": Stage("large", range(20, 30), dict.fromkeys(QUESTION, BOTH)),
+    "balance": Stage("large", range(20, 25), dict.fromkeys(BALANCE, BOTH)),
+    "parts": Stage("large", range(20, 25), dict.fromkeys(PARTS, BOTH)),
+    "paper": Stage("large", range(20, 23), dict.fromkeys(PAPER, BOTH)),
+    "guidance": Stage("large", range(20, 30), {
+        "DDPM": MORE, "CM": [Point("θ_g", 0.0), Point("θ_g", 1.5), *MORE]}),
+    "small": Stage("small", range(20, 25), dict.fromkeys(
+        ("DDPM", "CM", "agreement alone", "capacity alone", "RS", "CM with RS"), BOTH))}
 
 # FD Few of `ours` is below that of `theirs` or, where not `below`, differs from it
 Claim = namedtuple("Claim", "ours theirs setting guidance below", defaults=("large", 0.0, True))
@@ -105,41 +94,26 @@ WORDS = ("setting", "arm", "network", "status", "device", "options", "commit",
 
 
 def measure(run, points, flags, runs, num_images, commit):
-    """Train, sample and score a run: a row for each of `points`.
-
-    In a process of its own; what it prints goes to the run's directory."""
+    """Train, sample and score a run, in a process that prints into its directory: a row a point."""
     directory = runs / re.sub(r"\W+", "-", f"{run.setting}-{run.arm}-{run.seed}")
     directory.mkdir(parents=True, exist_ok=True)
-    tqdm.set_lock(threading.RLock())  # its own has a semaphore, which a killed process leaks
     with (open(directory / "lock", "w") as lock,
           open(directory / "output.txt", "a", buffering=1) as output,
           contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed study may have left this run's process behind
-        status = common.run(options_of(run, flags), directory / "run", **made_of(run))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another stage, or a killed study's process, may be here
+        status = common.run(options_of(run, flags), directory / "run",
+                            losses=ARMS[run.arm].losses, network=ARMS[run.arm].network)
         device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
                   f"CPU, {torch.get_num_threads()} thread")
         row = run._asdict() | dict(status=status or "finished", device=device, commit=commit,
                                    options=recorded(run, flags, num_images))
         if status:
             return [row | point._asdict() for point in points]
-        files, off = {}, []
-        for point in points:
-            try:
-                files[point] = sample(run, point, directory, num_images)
-            except FloatingPointError:
-                off.append(row | point._asdict() | {"status": "images not finite"})
-        return score(run, row, files, directory, runs / "references") + off
+        return score(run, row, points, directory, num_images)
 
 
-def made_of(run):
-    """What `cm.train` takes besides options."""
-    _, losses, network = ARMS[run.arm]
-    return dict(losses=baselines.counted(losses), network=baselines.with_tally(network))
-
-
-def options_of(run, flags):
-    """A run's options for cm.py: its setting's, those typed, its arm's, its seeds: each seed draws
-    its own images of the data set, too."""
+def options_of(run, flags=()):
+    """A run's options for cm.py. Each seed draws its own images of the data set, too."""
     seed = str(run.seed)
     return [*SETTINGS[run.setting].split(), *flags, *ARMS[run.arm].flags.split(),
             "--seed", seed, "--subset-seed", seed]
@@ -153,44 +127,47 @@ def recorded(run, flags, num_images):
 
 
 def sample(run, point, directory, num_images):
-    """Path of a trained run's samples; drawn where they are lacking. Arms of a seed start from the
-    same noise."""
+    """Path of a trained run's samples. Arms of a seed start from the same noise."""
     path = directory / f"{num_images}-samples-{point.network}-g{point.guidance:g}.npz"
     if not path.is_file():
-        argv = ["--sample", str(directory / "run" / "checkpoint.pt"), "--out", str(path),
-                "--num-images", str(num_images), "--seed", str(run.seed),
-                "--guidance", str(point.guidance)]
-        config, _ = cm.parse(argv + ["--general-only"] * (point.network == "θ_g"))
-        cm.generate(config, made_of(run)["network"])
+        how = f"--num-images {num_images} --seed {run.seed} --guidance {point.guidance}".split()
+        config, _ = cm.parse(["--sample", str(directory / "run" / "checkpoint.pt"), "--out",
+                              str(path), *how, *["--general-only"] * (point.network == "θ_g")])
+        cm.generate(config, ARMS[run.arm].network)
     return path
 
 
-def score(run, row, files, directory, cache):
-    """A row for each of the samples `files`, {Point: path}: `row` and all that is measured."""
+def score(run, row, points, directory, num_images):
+    """Sample a trained run at `points`: for each `row` and all that is measured."""
     checkpoint = directory / "run" / "checkpoint.pt"
-    config, ema, counts = cm.load_trained(checkpoint, network=made_of(run)["network"])
+    config, ema, counts = cm.load_trained(checkpoint, network=ARMS[run.arm].network)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data, splits = cm.Data(config, device), cm.splits(counts)
     few = torch.as_tensor(splits["Few"], device=device)
     *losses, d = cm.held_out_loss(ema.to(device), data.held_out, data.held_out_labels, len(counts),
                                   200, 10)
-    row = row | {f"d {split}": float(d[k].nanmean()) for split, k in splits.items()}
-    row["memorised real"] = memorised(data.held_out[torch.isin(data.held_out_labels, few)],
-                                      data.images)
+    row = row | {"memorised real": memorised(
+        data.held_out[torch.isin(data.held_out_labels, few)], data.images)}
+    row |= {f"d {split}": float(d[k].nanmean()) for split, k in splits.items()}
     if not config.no_cm:
         tally = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]["tally"]
         row |= baselines.above_fuse(tally, splits)
 
     rows = []
-    for point, path in files.items():
+    for point in points:
+        rows.append(row | point._asdict())
+        try:
+            path = sample(run, point, directory, num_images)
+        except FloatingPointError:
+            rows[-1]["status"] = "images not finite"
+            continue
         images, labels, _ = fid.read_images(path)
-        new = row | point._asdict() | {"steps": config.steps, "images": len(images)}
-        new |= scores(images, labels, splits, config, cache, device)
+        rows[-1] |= {"steps": config.steps, "images": len(images)}
+        rows[-1] |= scores(images, labels, splits, config, directory.parent / "references", device)
         for split, k in splits.items():
-            new[f"loss {split}"] = float(losses[point.network == "θ_g"][k].nanmean())
-        new["memorised Few"] = memorised(images[torch.isin(labels, few.cpu())].to(device),
-                                         data.images)
-        rows.append(new)
+            rows[-1][f"loss {split}"] = float(losses[point.network == "θ_g"][k].nanmean())
+        rows[-1]["memorised Few"] = memorised(images[torch.isin(labels, few.cpu())].to(device),
+                                              data.images)
     return rows
 
 
@@ -221,22 +198,8 @@ def memorised(images, training):
     to the second nearest (Yoon et al. 2023). uint8 [N, C, H, W] and [M, C, H, W]."""
     training = training.flatten(1).double()
     nearest = torch.cat([torch.cdist(part.flatten(1).double(), training)
-                        .topk(2, largest=False).values for part in images.split(500)])
+                         .topk(2, largest=False).values for part in images.split(500)])
     return float((nearest[:, 0] < nearest[:, 1] / 3).double().mean())
-
-
-@functools.cache
-def flops(setting, arm):
-    """FLOPs of one training step, forward and backward, in the setting's own network."""
-    config = cm.parse(options_of(Run(setting, arm, 0), []))[0].resolved()
-    counts = cm.class_counts(config.n_max, config.ir, 10)
-    with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
-        unet = ARMS[arm].network(config, len(counts), 1)
-        losses = ARMS[arm].losses.from_config(unet, torch.tensor(counts), config)
-        x = torch.zeros(config.batch_size, 1, config.image_size, config.image_size)
-        t = torch.zeros(config.batch_size, dtype=torch.long)
-        losses(x, t, t, x, t)[0].backward()
-    return counter.get_total_flops()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,14 +211,12 @@ def missing_points(stages, rows):
     done = set(rows[KEY].itertuples(index=False, name=None)) if len(rows) else set()
     runs = [(Run(stage.setting, arm, seed), points) for stage in stages for seed in stage.seeds
             for arm, points in stage.points.items()]
-    missing = [(run, [p for p in points if (*map(str, run), p.network, f"{p.guidance:g}")
-                      not in done]) for run, points in runs]
-    return [(run, points) for run, points in missing if points]
+    return [(run, left) for run, points in runs if (left := [
+        p for p in points if (*map(str, run), p.network, f"{p.guidance:g}") not in done])]
 
 
 def study(names, path, runs, flags, jobs, num_images):
     """Run what has no row yet, `jobs` at a time. Raises ValueError on bad options."""
-    stages = [make_stages()[name] for name in names]
     cm.parse(options_of(Run("large", "CM", 0), flags))[0].resolved()  # for its checks
     rows = common.read_rows(path)
     for (setting, arm), part in rows.groupby(["setting", "arm"]) if len(rows) else ():
@@ -263,28 +224,20 @@ def study(names, path, runs, flags, jobs, num_images):
         if set(part["options"]) != {options}:
             raise ValueError(f"{path} has rows of {arm} that were made with other options than "
                              f"{options}; name another file with --rows")
-    missing = missing_points(stages, rows)
+    missing = missing_points([STAGES[name] for name in names], rows)
     print(f"{len(missing)} runs to come", flush=True)
-    if not torch.cuda.is_available():  # for the processes to come:
-        os.environ["OMP_NUM_THREADS"] = "1"  # results repeat only with the same number of threads
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    os.environ["OMP_NUM_THREADS"] = "1"  # results repeat only with the same number of threads
+    git = ["git", "-C", str(common.HERE), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, max_tasks_per_child=1) as pool:  # spawned, each for one run
         try:
-            # Ctrl-C reaches every process here, but is this one's: those begun now inherit the mask
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             tasks = [pool.submit(measure, run, points, flags, runs, num_images, commit)
                      for run, points in missing]
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             for task in as_completed(tasks):
                 new = task.result()
-                with open(path.with_suffix(".lock"), "w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)  # another study may write there
-                    rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
-                    common.write_rows(path, rows)
-                print(time.strftime("%H:%M"), *(new[0][name] for name in (*KEY[:3], "status")),
-                      f"FD Few {new[0].get('FD Few', np.nan):.4g}", flush=True)
+                rows = common.replace_rows(common.read_rows(path), common.text(new), KEY)
+                common.write_rows(path, rows)
+                print(*(new[0][name] for name in (*KEY[:3], "status")), flush=True)
         except BaseException:
             for process in multiprocessing.active_children():  # they go on from their checkpoints
                 process.terminate()

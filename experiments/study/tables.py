@@ -1,22 +1,31 @@
 """The study's verdicts, tables and pictures, made of its rows."""
 
+import functools
+
 import numpy as np
+import pandas as pd
 import scipy.stats
+import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from torch.utils.flop_counter import FlopCounterMode
 
+import cm
 from experiments import common
-from experiments.study.study import ARMS, PRIMARY, SECONDARY, Claim, flops, make_stages
+from experiments.study.study import (ARMS, PRIMARY, QUESTION, SECONDARY, SETTINGS, STAGES,
+                                     Claim, Run, options_of)
 
-AGREEMENT = {"": Claim("CM", "agreement alone", below=False)}  # beside the claims, without Holm
+AGREEMENT = {"": Claim("CM", "agreement alone", below=False)}  # beside the claims
 MEASURES = {"FD Few": 1, "FD overall": 1, "recall Few": 3, "accuracy Few": 3, "memorised Few": 3,
             "FD2 Few": 1}  # and how many digits of them are shown
+MAIN = [*QUESTION, "RS", "CM with RS", "OC", "CM on OC"]
 
 
 def at(rows, setting, arm, guidance=0.0, network="θ"):
-    """The rows of an arm, by seed; nan where all of them ran off."""
+    """The rows of an arm, by seed."""
     here = ((rows["setting"] == setting) & (rows["arm"] == arm) & (rows["network"] == network)
             & (rows["guidance"] == guidance))
-    columns = rows.columns.union([*MEASURES, "loss Few", "above fuse"])
+    columns = rows.columns.union([*MEASURES, "loss Few", "above fuse"])  # lacking if all ran off
     return rows[here].reindex(columns=columns).set_index("seed")
 
 
@@ -27,19 +36,41 @@ def paired(rows, claim):
     return [run.loc[seeds] for run in pair]
 
 
-def of_planned(run, setting, names, guidance, network="θ"):
-    """How many seeds there are of how many there will be, of all the arms `names`."""
-    planned = min(max((len(stage.seeds) for stage in make_stages().values()
-                       if stage.setting == setting
-                       and (network, guidance) in stage.points.get(arm, ())), default=0)
-                  for arm in names)
-    return f"{len(run)} of {planned}" if len(run) else "not run"
+# ------------------------------------------------------------------------------------------------
+# Claims
 
 
-def same_within(differences, margin):
-    """p of two one-sided t-tests (TOST) that the mean difference is outside (-margin, margin)."""
-    return max(scipy.stats.ttest_1samp(differences, -margin, alternative="greater").pvalue,
-               scipy.stats.ttest_1samp(differences, margin, alternative="less").pvalue)
+def differences(rows, claims, measures=tuple(MEASURES)):
+    """[{column: text}]: of what claims compare, ours − theirs, paired by seed, mean [95 %]."""
+    shown = []
+    for claim in claims:
+        ours, theirs = paired(rows, claim)
+        planned = min(max((len(stage.seeds) for stage in STAGES.values()
+                           if stage.setting == claim.setting and arm in stage.points), default=0)
+                      for arm in (claim.ours, claim.theirs))
+        shown.append({"ours − theirs": f"{claim.ours} − {claim.theirs}",
+                      "where": f"{claim.setting}, guidance {claim.guidance:g}",
+                      "seeds": f"{len(ours)} of {planned}"} | {
+            name: common.interval(*common.difference(ours[name], theirs[name])[:2], MEASURES[name])
+            for name in measures})
+    return shown
+
+
+def verdicts(rows, claims):
+    """[{column: text}], a row a claim, on FD Few, Holm over all of `claims`."""
+    first, *pairs = ([run["FD Few"] for run in paired(rows, claim)]
+                     for claim in (PRIMARY[1], *claims.values()))
+    margin = (first[1] - first[0]).mean() / 4  # a quarter of (1)'s gain
+    p_values = common.holm([scipy.stats.ttest_rel(*pair).pvalue if len(pair[0]) > 1 else np.nan
+                            for pair in pairs])
+    shown = []
+    for (number, claim), row, (ours, theirs), p in zip(
+            claims.items(), differences(rows, claims.values(), ["FD Few"]), pairs, p_values,
+            strict=True):
+        shown.append({"claim": f"{number}"} | row | {
+            "p": f"{p:.2g}" if len(ours) > 1 else "–",
+            "verdict": verdict(claim, ours - theirs, p, margin)})
+    return shown
 
 
 def verdict(claim, differences, p, margin):
@@ -56,69 +87,38 @@ def verdict(claim, differences, p, margin):
     if claim.below or not margin > 0:
         return "open"
     same = same_within(differences, margin)
-    return f"{'the same' if same < 0.05 else 'open'} (within ±{margin:.1f}: p = {same:.3f})"
+    return f"{'the same' if same < 0.05 else 'open'} (within ±{margin:.1f}: p = {same:.2g})"
 
 
-def difference_cells(claim, pair):
-    """A comparison's cells: the paired differences, mean and 95 % interval."""
-    cells = {name: common.interval(*common.difference(*(run[name] for run in pair))[:2], digits)
-             for name, digits in MEASURES.items()}
-    return {"ours − theirs": f"{claim.ours} − {claim.theirs}", "setting": claim.setting,
-            "guidance": f"{claim.guidance:g}", "seeds": of_planned(
-                pair[0], claim.setting, (claim.ours, claim.theirs), claim.guidance)} | cells
+def same_within(differences, margin):
+    """p of two one-sided t-tests (TOST) that the mean difference is outside (-margin, margin)."""
+    return max(scipy.stats.ttest_1samp(differences, -margin, alternative="greater").pvalue,
+               scipy.stats.ttest_1samp(differences, margin, alternative="less").pvalue)
 
 
-def verdicts(rows):
-    """[{column: text}], a row a claim, and CM against agreement alone."""
-    shown, (ours, theirs) = [], paired(rows, PRIMARY[1])
-    margin = (theirs["FD Few"] - ours["FD Few"]).mean() / 4  # a quarter of (1)'s gain
-    for family in (PRIMARY, AGREEMENT, SECONDARY):
-        pairs = [paired(rows, claim) for claim in family.values()]
-        p_values = [scipy.stats.ttest_rel(ours["FD Few"], theirs["FD Few"]).pvalue
-                    if len(ours) > 1 else np.nan for ours, theirs in pairs]
-        for (number, claim), pair, p, adjusted in zip(
-                family.items(), pairs, p_values, common.holm(p_values), strict=True):
-            ours, theirs = (run["FD Few"] for run in pair)
-            shown.append({"claim": f"{number}"} | difference_cells(claim, pair) | {
-                "p": "–" if np.isnan(p) else f"{p:.3f}",
-                "p, Holm": "–" if np.isnan(p) or not number else f"{adjusted:.3f}",
-                "verdict": verdict(claim, ours - theirs, adjusted, margin)})
-    return shown
-
-
-def guided_differences(rows):
-    """[{column: text}]: the claims' comparisons at guidance 1.5."""
-    claims = [claim._replace(guidance=1.5) for family in (PRIMARY, AGREEMENT, SECONDARY)
-              for claim in family.values()]
-    pairs = [(claim, paired(rows, claim)) for claim in dict.fromkeys(claims)]
-    return [difference_cells(claim, pair) for claim, pair in pairs if len(pair[0])]
+# ------------------------------------------------------------------------------------------------
+# Arms
 
 
 def name_of(arm, run):
     """An arm's name in tables: the authors have no fuse, so it is said where ours acts."""
-    acts = run["above fuse"].mean() > 0.01
-    return f"{arm}, with our fuse" if acts and "--div-margin inf" not in ARMS[arm].flags else arm
+    off = int(run["FD Few"].isna().sum())
+    name = f"{arm}, {off} ran off" if off else arm
+    acts = run["above fuse"].mean() > 0.01 and "--div-margin inf" not in ARMS[arm].flags
+    return f"{name}, with our fuse" if acts else name
 
 
-def arms(rows, guidance):
-    """[{column: text}]: all arms at a guidance, mean ± standard deviation over seeds; * where no
-    other guidance has a lower FD on Few."""
+def arms(rows, stage):
+    """[{column: text}]: a stage's arms, mean ± standard deviation over seeds."""
     shown = []
-    points = ((stage.setting, arm, *point) for stage in make_stages().values()
-              for arm, of_arm in stage.points.items() for point in of_arm)
-    for setting, arm, network, w in dict.fromkeys(points):
-        run = at(rows, setting, arm, w, network)
-        if w != guidance:
-            continue
-        others = rows[(rows["setting"] == setting) & (rows["arm"] == arm)
-                      & (rows["network"] == network)].groupby("guidance")["FD Few"].mean()
-        best = "*" if len(others) > 1 and run["FD Few"].mean() == others.min() else ""
-        cost = flops(setting, arm) / flops(setting, "DDPM")
-        shown.append({
-            "setting": setting, "arm": name_of(arm, run) + ", θ_g" * (network == "θ_g"),
-            "FLOPs": f"{cost:.2f}", "seeds": of_planned(run, setting, [arm], w, network)} | {
-            name: common.spread(run[name], digits) + (best if name == "FD Few" else "")
-            for name, digits in (MEASURES | {"loss Few": 4}).items()})
+    for point in dict.fromkeys(point for points in stage.points.values() for point in points):
+        for arm in (arm for arm, points in stage.points.items() if point in points):
+            run = at(rows, stage.setting, arm, point.guidance, point.network)
+            shown.append({"arm": name_of(arm, run) + ", θ_g" * (point.network == "θ_g"),
+                          "guidance": f"{point.guidance:g}",
+                          "seeds": f"{len(run)} of {len(stage.seeds)}"} | {
+                name: common.spread(run[name], digits)
+                for name, digits in (MEASURES | {"loss Few": 4}).items()})
     return shown
 
 
@@ -139,32 +139,78 @@ def fuse(rows):
     return shown
 
 
+@functools.cache
+def flops(setting, arm):
+    """FLOPs of one training step, forward and backward, in the setting's own network."""
+    _, losses, network = ARMS[arm]
+    config = cm.parse(options_of(Run(setting, arm, 0)))[0].resolved()
+    counts = cm.class_counts(config.n_max, config.ir, 10)
+    module = losses.from_config(network(config, 10, 1), torch.tensor(counts), config)
+    x = torch.zeros(config.batch_size, 1, config.image_size, config.image_size)
+    t = torch.zeros(config.batch_size, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        module(x, t, t, x, t)[0].backward()
+    return counter.get_total_flops()
+
+
 def everything(rows):
     """All tables in Markdown."""
-    parts = {"Claims: paired by seed [95 %], Holm over 1 to 4 and over 5 to 10": verdicts(rows),
-             "The same at guidance 1.5": guided_differences(rows)}
-    parts |= {f"All arms, guidance {w:g}": arms(rows, w) for w in (0.0, 1.5, 0.5, 1.0, 3.0)}
+    claims = [*PRIMARY.values(), *AGREEMENT.values(), *SECONDARY.values()]
+    parts = {
+        "Primary claims (p: Holm over 4)": verdicts(rows, PRIMARY) + verdicts(rows, AGREEMENT),
+        "Secondary claims (p: Holm over 6)": verdicts(rows, SECONDARY),
+        "What the claims compare": differences(rows, dict.fromkeys(
+            claim._replace(guidance=w) for w in (0.0, 1.5) for claim in claims))}
+    for name, stage in STAGES.items():
+        parts[f"Stage {name}, in {stage.setting}"] = arms(rows, stage)
     parts["The fuse"] = fuse(rows)
+    parts["FLOPs of a training step; DDPM's are 1"] = [{"arm": arm} | {
+        setting: f"{flops(setting, arm) / flops(setting, 'DDPM'):.3f}" for setting in SETTINGS}
+        for arm in QUESTION]
     return "\n\n".join(f"{title}\n\n{common.markdown(part)}" for title, part in parts.items())
 
 
+# ------------------------------------------------------------------------------------------------
+# Pictures
+
+COLOURS = {"CM": "C3", "agreement": "C0", "capacity": "C1"}  # by an arm's first word; else grey
+TITLES = {"large": "A network large for its data: 8×8 images, 200 to 2 a class",
+          "small": "A network small for its data: 16×16 images, 1,000 to 10 a class"}
+
+
 def draw(rows, assets):
-    """study_arms.png, all arms of `large`; study_settings.png, large against small."""
-    panels = {"arms": (list(ARMS), [("large", 0.0), ("large", 1.5)]),
-              "settings": (list(make_stages()["small"].points),
-                           [(setting, w) for w in (0.0, 1.5) for setting in ("large", "small")])}
-    for name, (shown, of_picture) in panels.items():
-        shown = [arm for arm in shown if len(at(rows, "large", arm))]
-        size = 1.5 + 3.2 * len(of_picture), 1 + 0.24 * len(shown)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, len(of_picture), sharey=True)
-        for axis, (setting, guidance) in zip(axes, of_picture, strict=True):
-            for place, arm in enumerate(shown):
-                fd = at(rows, setting, arm, guidance)["FD Few"]
-                axis.scatter(fd, place + np.linspace(-0.2, 0.2, len(fd)), s=12)
-                axis.plot([fd.mean()] * 2, [place - 0.35, place + 0.35], color="k", lw=1)
-            axis.set(title=f"{setting}, guidance {guidance:g}", xlabel="FD on Few")
-            axis.grid(alpha=0.3)
-        axes[0].set_yticks(range(len(shown)), [name_of(a, at(rows, "large", a)) for a in shown])
-        axes[0].invert_yaxis()
-        common.save(figure, assets / f"study_{name}.png")
+    """study.png, FD on Few of the main arms, a panel a setting; study_arms.png, of all in large."""
+    for name, arms, settings in (("study", MAIN, SETTINGS), ("study_arms", ARMS, ["large"])):
+        shown = {setting: names for setting in settings
+                 if (names := [arm for arm in arms if len(at(rows, setting, arm))])}
+        if not shown:
+            continue
+        heights = [1 + 0.27 * len(names) for names in shown.values()]
+        figure = Figure(figsize=(8.5, 1 + sum(heights)), layout="constrained")
+        panels = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
+        for axis, (setting, names) in zip(panels, shown.items(), strict=True):
+            draw_arms(axis, [at(rows, setting, arm) for arm in names], names)
+            axis.set_title(TITLES[setting], loc="left", fontsize=10)
+        figure.supxlabel("FD on Few, without guidance: the distance of rare classes' images from "
+                         "real ones (lower is better)", fontsize=10)
+        common.save(figure, assets / f"{name}.png")
+
+
+def draw_arms(axis, runs, names):
+    """A line an arm: a dot a seed, a bar at the mean; a seed's dots joined; dotted, DDPM's mean."""
+    fd = pd.concat([run["FD Few"] for run in runs], axis=1)  # [seed, arm]
+    axis.plot(fd.T, range(len(names)), color="0.85", lw=0.7, zorder=1)
+    for place, arm in enumerate(names):
+        colour = COLOURS.get(arm.replace(",", "").split()[0], "0.35")
+        values = fd.iloc[:, place]
+        axis.scatter(values, [place] * len(fd), 22, colour, alpha=0.7, lw=0, zorder=3)
+        axis.plot([values.mean()] * 2, [place - 0.32, place + 0.32], color=colour, lw=3, zorder=4)
+        if arm == "DDPM":
+            axis.axvline(values.mean(), color=colour, ls=":", lw=1)
+    axis.set_yticks(range(len(names)), map(name_of, names, runs))
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.grid(axis="x", alpha=0.3)
+    if fd.max(axis=None) > 5 * fd.min(axis=None):  # what runs off is far
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(LogLocator(2, subs=(1, 1.25, 1.5, 1.75)))
+        axis.xaxis.set_major_formatter("{x:g}")
