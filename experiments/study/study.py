@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -227,7 +228,7 @@ def study(names, path, runs, flags, jobs, num_images):
     missing = missing_points([STAGES[name] for name in names], rows)
     print(f"{len(missing)} runs to come", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # results repeat only with the same number of threads
-    git = ["git", "-C", str(common.HERE), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     with ProcessPoolExecutor(jobs, max_tasks_per_child=1) as pool:  # spawned, each for one run
         try:
