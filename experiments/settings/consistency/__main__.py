@@ -1,7 +1,7 @@
 """Does CM help a consistency model, which draws an image in one or two steps? Tab. G.9.
 
     python -m experiments.settings.consistency
-    python -m experiments.settings.consistency --table   # only the tables, and the picture
+    python -m experiments.settings.consistency --table   # only the table, and the picture
 
 Consistency training (CT; Song et al. 2023, "Song" below), without and with CM. F is cm.py's UNet,
 and f = c_skip x + c_out F(c_in x, 250 ln sigma) maps an image plus noise of any sigma to the image.
@@ -30,7 +30,7 @@ S_1 = 20  # there 150. theta^- averages over 1 / -ln mu = 4.75 N steps, and what
 MIDDLE = 0.8  # sigma at which the second step starts
 METHODS = "CT", "CM"
 FD = "FD overall", "FD Many", "FD Medium", "FD Few"
-TENTHS = range(1, 11)
+DIGITS = dict.fromkeys(FD, 1) | {"held-out loss Few": 5, "held-out share": 3}  # of the table
 UNUSED = ("no_cm", "base", "cbdm_prior", "seed", "amp", "compile", "run", "sampling")  # of cm.py's
 
 
@@ -77,7 +77,6 @@ class ConsistencyTraining(nn.Module):
         self.unet, self.config, self.sigma_data = unet, config, sigma_data
         self.target = copy.deepcopy(unet).requires_grad_(False)  # theta^-, an average of theta
         self.register_buffer("w", cm.capacity_weights(counts, config.w_con, config.w_div))
-        self.register_buffer("sums", torch.zeros(len(TENTHS), 2))  # base, |lam L_CM| in each tenth
 
     def forward(self, x0, y, eps, y_in, n, grid):
         """x0, eps [B, C, H, W]; y, y_in as in cm.py; n [B]: the pair grid[n], grid[n + 1].
@@ -101,7 +100,7 @@ class ConsistencyTraining(nn.Module):
 
 
 def train(config, data, sigma_data, path, options):
-    """Train, or go on from `path`: (averaged network in eval mode, shares of L_CM)."""
+    """Train, or go on from `path`: the averaged network in eval mode."""
     device = data.images.device
     torch.manual_seed(cm.hashed_seed("weights", config.seed))
     unet = cm.lay_out(cm.make_unet(config, len(data.names), data.images.shape[1]), device)
@@ -114,14 +113,11 @@ def train(config, data, sigma_data, path, options):
         x0, y, _, eps, y_in = cm.draw_batch(data, config, config.batch_size, i)
         size = schedule(i - 1, config.steps)[0]
         n = torch.randint(size - 1, y.shape, device=device)
-        total, base, loss_cm = losses(x0, y, eps, y_in, n, make_grid(size).to(device))
-        both = torch.stack([base, config.lam * loss_cm.abs()]).mean(1).detach()
-        losses.sums[(i - 1) * len(TENTHS) // config.steps] += both
-        return total
+        return losses(x0, y, eps, y_in, n, make_grid(size).to(device))[0]
 
     shared.fit(unet, loss, path, options, config.steps, config.seed, config.lr,
                config.warmup, config.ema, losses=losses)  # which holds theta^-
-    return unet, (losses.sums[:, 1] / losses.sums.sum(1)).tolist()
+    return unet
 
 
 @torch.no_grad()
@@ -166,9 +162,8 @@ def measure(method, config, data, args, options):
     """Train, sample, evaluate: two rows, without options, of one and two sampler steps."""
     sigma_data = cm.to_float(data.images).std().item()
     path = args.runs / f"{method}-{config.seed}.pt"
-    unet, shares = train(config, data, sigma_data, path, options)
-    measures = held_out(unet, data, config, sigma_data) | {
-        f"share {t}": share for t, share in zip(TENTHS, shares, strict=True)}
+    unet = train(config, data, sigma_data, path, options)
+    measures = held_out(unet, data, config, sigma_data)
     network, rows = cm.merge(unet), []
     for steps in (1, 2):
         images = functools.partial(sample, network, data.images.shape[1:], steps, sigma_data)
@@ -190,16 +185,6 @@ def study(config, args, options):
             common.add_rows(args.rows, kept, measure(method, own, data, args, options))
 
 
-def table(rows):
-    """As text: CT and CM, and L_CM's share over N(k)."""
-    digits = dict.fromkeys(FD, 1) | {"held-out loss Few": 5, "held-out share": 3}
-    ours = rows[(rows["method"] == "CM") & (rows["sampler steps"] == 1)]
-    shares = [{"tenth of the training": t, "N(k) at its end": schedule(t, 10)[0],
-               "share of |λ L_CM|": common.spread(ours[f"share {t}"], 3)} for t in TENTHS]
-    return "\n\n".join([shared.compared(rows, digits, ["CT"], by=["sampler steps"]),
-                        "|λ L_CM| over itself plus the base loss", common.markdown(shares)])
-
-
 @common.interruptible
 def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
@@ -210,7 +195,8 @@ def main(argv=None):
     if not args.table:
         study(config, args, common.settings(flags))
     rows = common.read_table(args.rows, ["sampler steps"])
-    print(table(common.numbers(rows, ("method", "options"))))
+    print(shared.compared(common.numbers(rows, ("method", "options")), DIGITS, ["CT"],
+                          by=["sampler steps"]))
     files = {f"{method}, one step": args.runs / f"{method}-{args.seeds[0]}-1.npz"
              for method in METHODS}
     shared.draw(config, files, args, args.assets / "consistency.png")

@@ -11,7 +11,6 @@ from torch import nn
 
 import cm
 import fid
-from experiments import common
 from experiments.settings import shared
 from experiments.settings.consistency import __main__ as ct
 
@@ -170,7 +169,7 @@ def train_line(steps, path, monkeypatch):
                                 torch.zeros(size, dtype=torch.long)))
     config = dataclasses.replace(cm.Config(no_cm=True).resolved(), steps=steps, batch_size=128,
                                  lr=1e-2, warmup=20)
-    return ct.train(config, data, 0.5, path, "")[0]
+    return ct.train(config, data, 0.5, path, "")
 
 
 def test_on_a_gaussian_f_becomes_the_closed_form(tmp_path, monkeypatch):
@@ -226,16 +225,12 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
 
     def recorded(self, *batch):
         result = forward(self, *batch)
-        seen[self.config.no_cm].append((result[1].mean().item(), result[2].abs().mean().item()))
+        seen[self.config.no_cm].append(result[1].mean().item())
         return result
 
     monkeypatch.setattr(ct.ConsistencyTraining, "forward", recorded)
     out = stopped_and_whole(ct.main, ARGS, 5)  # CM's second step
     assert len(list(Path("runs").glob("*.npz"))) == 4
-    assert seen[True][0][0] == seen[False][0][0]  # CT's and CM's first: batch, noise and masks
-    rows = common.numbers(common.read_rows(Path("rows.csv")), ("method", "options"))
-    shares = rows[rows["method"] == "CM"].iloc[0]
-    for (base, of_cm), tenth in zip(seen[False][:3], (1, 4, 7), strict=True):
-        assert shares[f"share {tenth}"] == pytest.approx(of_cm / (base + of_cm), rel=1e-4)
+    assert seen[True][0] == seen[False][0]  # CT's and CM's first: batch, noise and masks
     ct.main([*ARGS, "--table"])
     assert capsys.readouterr().out == out
