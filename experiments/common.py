@@ -53,7 +53,7 @@ def read_table(path, columns=()):
     rows = read_rows(path if path.exists() else path.parent / "f7283d9" / path.name)
     if rows.empty:
         raise ValueError(f"{path} has no rows; leave --table away")
-    for name in set(columns) - set(rows):
+    for name in (name for name in columns if name not in rows):
         raise ValueError(f"{path} has no column {name!r}, so it isn't this script's")
     return rows
 
