@@ -8,26 +8,20 @@
     torchrun --nproc-per-node 4 cm.py --dataset cifar100   # several GPUs (--nnodes: machines)
 
 The method comes first: Eq. (1) capacity reservation, Eqs. (3) and (2) the loss, the diffusion
-process, base losses, Eq. (4) and one training step, sampling. What every diffusion code base has
-comes after: UNet, data, training loop, the end of a run, options. Equations, sections and tables
-are numbered as in the paper. C is the number of channels in [B, C, H, W], else of classes; labels
-are 0..C-1 in the data set's own order; `alpha_bar[t]` is indexed t = 0..T-1, T = 1000.
+process, base losses, Eq. (4) and one training step, sampling. Numbers are the paper's. C is the
+number of channels in [B, C, H, W], else of classes; labels are 0..C-1 in the data set's own order.
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import dataclasses
 import datetime
 import fcntl
-import hashlib
 import json
 import math
 import os
-import re
 import sys
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -54,8 +48,7 @@ class LowRankReserved(nn.Module):
     `layer` holds W_g (and the bias) and is called with its weight replaced, so that a forward of
     its own and hooks go on working. B [d, r] starts at zero and A [r, k] at random, as in LoRA, so
     training starts from the plain layer; unlike LoRA's, W_g is trained too, and BA has no factor.
-    d, k and the rank r are `matrix_and_rank`'s, as in loralib and in the authors' code. `weight`
-    and `bias` can be read as on the plain layer."""
+    d, k and the rank r are `matrix_and_rank`'s. `weight` and `bias` read as on the plain layer."""
 
     def __init__(self, layer, d, k, rank):
         super().__init__()
@@ -85,7 +78,7 @@ class LowRankReserved(nn.Module):
 
 def matrix_and_rank(layer, rank_ratio):
     """(d, k, rank) of a Conv2d or Linear: its weight counts as kh * out x kw * in, in within a
-    group, and BA has the rank kh * max(int(rank_ratio * min(out, in)), 1)."""
+    group, and BA has the rank kh * max(int(rank_ratio * min(out, in)), 1), as in loralib."""
     out_features, in_features, *kernel = layer.weight.shape
     kh, kw = kernel or (1, 1)
     rank = int(round(rank_ratio * min(out_features, in_features), 6))  # 0.29 * 100 is below 29
@@ -97,28 +90,24 @@ def reserve_capacity(module, rank_ratio=0.1, where=None):
 
     `where(layer)` says which, by default all of them. A layer whose rank (`matrix_and_rank`)
     wouldn't be below min(d, k) stays whole. Returns the module (a bare layer comes back wrapped).
-    The paper reserves in the UNet's decoder, since shallow layers capture general knowledge.
-    Raises ValueError if rank_ratio is outside (0, 1], if capacity is reserved already, if nothing
-    can be reserved, or if a layer's weight or the layer itself is out of reach. (Sec. 3.1, G.1)"""
-    if not 0 < rank_ratio <= 1:
-        raise ValueError(f"rank ratio {rank_ratio} is outside (0, 1]")
+    Raises ValueError where a layer is out of BA's reach, and if none is left. (Sec. 3.1, G.1)"""
+    check(0 < rank_ratio <= 1, "rank_ratio", rank_ratio, "in (0, 1]")
     if reserved_layers(module):
         raise ValueError("capacity is reserved in this module already; merge it first")
     modules = list(module.modules())
-    owners = collections.Counter(p for m in modules for p in m._parameters.values())
-    listed = {layer for m in modules for value in vars(m).values() if isinstance(value, list)
-              for layer in value if isinstance(layer, nn.Module)}
+    owned = [id(p) for m in modules for p in m._parameters.values()]
+    listed = [id(layer) for m in modules for value in vars(m).values() if isinstance(value, list)
+              for layer in value]
     reserved = {}
     for layer in modules:
         if not isinstance(layer, (nn.Conv2d, nn.Linear)) or (where and not where(layer)):
             continue
         if "weight" not in layer._parameters:
-            raise ValueError("a layer's weight is computed from others (weight norm, "
-                             "parametrization); capacity is reserved in plain layers only")
-        if owners[layer.weight] > 1:
-            raise ValueError("two modules share a weight (tied): merged, they would differ; untie "
-                             "it, or leave it out by `where`")
-        if layer in listed:
+            raise ValueError(f"{layer} has no weight of its own (weight norm, parametrization)")
+        if owned.count(id(layer.weight)) > 1:
+            raise ValueError("two modules share a weight (tied): merged, they would differ; leave "
+                             "it out by `where`")
+        if id(layer) in listed:
             raise ValueError(f"a plain list holds {layer}, which would stay without BA there; use "
                              "nn.ModuleList, or leave it out by `where`")
         d, k, rank = matrix_and_rank(layer, rank_ratio)
@@ -126,8 +115,7 @@ def reserve_capacity(module, rank_ratio=0.1, where=None):
             reserved[layer] = LowRankReserved(layer, d, k, rank)
     if not reserved:
         kinds = sorted({type(m).__name__ for m in modules if m._parameters})
-        raise ValueError(f"no Conv2d or Linear to reserve a rank below its own in; the layers "
-                         f"with weights here are {', '.join(kinds) or 'none'}")
+        raise ValueError(f"no Conv2d or Linear whose rank could be lower, but {', '.join(kinds)}")
     return replace_modules(module, reserved)
 
 
@@ -147,9 +135,7 @@ def reserved_layers(module):
 
 @contextlib.contextmanager
 def general_only(module):
-    """Inside, `module` computes with theta_g, that is W_g alone (Sec. 3.2).
-
-    A plain module is its own theta_g. Entries are counted, so contexts may overlap."""
+    """Inside, `module` computes with theta_g, W_g alone (Sec. 3.2); contexts may overlap."""
     layers = reserved_layers(module)
     for layer in layers:
         layer.general += 1
@@ -163,8 +149,8 @@ def general_only(module):
 def merge(module):
     """A plain copy of `module` with the weights in force, W_g + BA, folded in (Sec. 3.2).
 
-    It has the names, parameter count and FLOPs of a network that never had reserved capacity.
-    Inside `general_only` it is a plain copy of theta_g."""
+    Names, parameter count and FLOPs are those of a network that never had reserved capacity.
+    Inside `general_only` it is theta_g."""
     plain = copy.deepcopy(module)
     for reserved in reversed(reserved_layers(plain)):  # from the inside out
         weight = reserved.weight.detach().clone()
@@ -190,8 +176,7 @@ def class_weights(counts):
 def capacity_weights(counts, w_con=1.0, w_div=0.2):
     """w [C], what a class's distance d counts for: w_con * omega_con - w_div * omega_div.
 
-    1 and 0.2 are the authors' code's; 1 and 1 are Eq. (2) as printed; 0 leaves a term out
-    (Tab. 7). Where 1 + lam * w <= 0 the loss has no minimum in eps_theta either."""
+    1 and 0.2 are the authors' code's, 1 and 1 Eq. (2) as printed; 0 leaves a term out (Tab. 7)."""
     omega_con, omega_div = class_weights(counts)
     return w_con * omega_con - w_div * omega_div
 
@@ -207,9 +192,8 @@ def squared_distance(a, b):
 def capacity_loss(eps_theta, eps_theta_g, w, div_margin=0.1):
     """L_CM [B], w * d, of predictions [B, C, H, W] and each sample's weight w [B] (Eq. 2).
 
-    Both predictions get gradient. Where w < 0 the loss has no lower bound in eps_theta_g, so there,
-    and only there, d counts up to `div_margin`: a fuse, some 50 times what dropout makes of d.
-    div_margin = inf is the authors' form, without one."""
+    Where w < 0 the loss has no lower bound in eps_theta_g, so there, and only there, d counts up to
+    `div_margin`: a fuse, far above what dropout makes of d; inf is the authors' form."""
     return weigh(squared_distance(eps_theta, eps_theta_g), w, div_margin)
 
 
@@ -229,8 +213,7 @@ def make_alpha_bar(device="cpu"):
 
 
 def scales(alpha_bar, t, x):
-    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), float32, for t [B], shaped to scale x [B, ...].
-    """
+    """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), float32, for t [B], shaped to scale x [B, ...]."""
     a = alpha_bar[t].view(-1, *[1] * (x.ndim - 1))
     return a.sqrt().float(), (1 - a).sqrt().float()
 
@@ -251,10 +234,9 @@ def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
 
     A reference x_ref is drawn from the batch with probability ~ q(x_t | x_ref), the sample itself
     included; where its class is no rarer than y's, the target [B, C, H, W] points to it, else it is
-    eps. counts [C] are training counts. (Eqs. D.2-D.4, with the bar on alpha and the division that
-    Eq. (D.3) misses and OC's published code has)"""
+    eps. (Eqs. D.2-D.4, with the bar on alpha and the division that OC's published code has)"""
     signal_scale, noise_scale = scales(alpha_bar, t, x0)
-    # cdist without its matrix product: at small t the exponent multiplies rounding by 10^4
+    # without cdist's matrix product: at small t the exponent multiplies rounding by 10^4
     distance = torch.cdist((x_t / signal_scale).flatten(1), x0.flatten(1),
                            compute_mode="donot_use_mm_for_euclid_dist").square()  # [B, B]
     logits = -distance / (2 * (noise_scale / signal_scale).square().flatten(1))  # Eq. (D.4)
@@ -266,21 +248,13 @@ def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
 
 
 def cbdm_pull(eps_theta, eps_other, t, y_in):
-    """Class-Balancing Diffusion (CBDM, Qin et al. 2023): predictions for y and for another class y'
-    are pulled together, so that rare classes share what frequent ones know.
+    """What Class-Balancing Diffusion (CBDM, Qin et al. 2023) adds to the base loss [B]: predictions
+    for y and another class y' are pulled together, so that rare classes share what others know.
 
-    What Eq. (D.1) adds to the base loss [B], with one y' and, as in CBDM's code, t / T (tau = 1):
-    first eps_other is held fixed, then, with gamma = 1/4, eps_theta; nothing where y is dropped."""
+    Eq. (D.1) with one y', tau = t / T and gamma = 1/4; nothing where y is dropped."""
     pull = squared_distance(eps_theta, eps_other.detach())
     pull = pull + 0.25 * squared_distance(eps_theta.detach(), eps_other)
     return t / T * pull * (y_in >= 0)
-
-
-def focal(base):
-    """Focal loss (Lin et al. 2017), gamma = 1: samples [B] with a large loss count for more.
-
-    A classifier's loss is -log p; here exp(-loss) stands in for p (Sec. 4.1's baseline)."""
-    return (1 - torch.exp(-base)) * base
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,10 +262,7 @@ def focal(base):
 
 
 def same_masks(x):
-    """Inside, dropout draws its masks as usual; on leaving, the generator goes back where it was.
-
-    So the pass that follows draws the masks of the pass inside again: then d is capacity alone.
-    fork_rng always brings back the CPU's generator; the list adds a GPU's."""
+    """The pass after this context draws the dropout masks of the pass inside it again."""
     devices = [x.device.index or 0] if x.device.type == "cuda" else []
     return torch.random.fork_rng(devices, device_type="cuda")
 
@@ -301,8 +272,7 @@ class CapacityManipulation(nn.Module):
 
     counts [C] are training counts; `base` is "ddpm", "oc", "cbdm" or "focal"; `lam` is lambda;
     w_con, w_div, div_margin as in `capacity_weights` and `capacity_loss`; `same_masks`: theta and
-    theta_g share their dropout masks; `cbdm_prior`: as in `other_classes`; `no_cm`: base loss only.
-    `forward` draws OC's references, CBDM's other classes and the dropout masks."""
+    theta_g share their dropout masks; `cbdm_prior`: of `other_classes`; `no_cm`: base loss only."""
 
     def __init__(self, unet, counts, base="ddpm", lam=1.0, w_con=1.0, w_div=0.2, div_margin=0.1,
                  same_masks=False, cbdm_prior="uniform", no_cm=False):
@@ -315,7 +285,7 @@ class CapacityManipulation(nn.Module):
 
     @classmethod
     def from_config(cls, unet, counts, config):
-        """The loss module of a run, called by `train`; a variation may override it."""
+        """The loss module of a run; a variation may override it."""
         return cls(unet, counts, config.base, config.lam, config.w_con, config.w_div,
                    config.div_margin, config.same_masks, config.cbdm_prior, config.no_cm)
 
@@ -339,8 +309,8 @@ class CapacityManipulation(nn.Module):
         if self.base == "cbdm":
             eps_other = self.unet(x_t, t, self.other_classes(y))
             base = base + cbdm_pull(eps_theta, eps_other, t, y_in)
-        if self.base == "focal":
-            base = focal(base)
+        if self.base == "focal":  # Lin et al. 2017, gamma = 1; exp(-loss) stands in for p
+            base = (1 - torch.exp(-base)) * base
         if self.no_cm:
             return base.mean(), base, torch.zeros_like(base), torch.zeros_like(base)
         d = squared_distance(eps_theta, eps_theta_g)  # weighed by the true class, also where
@@ -357,11 +327,8 @@ class CapacityManipulation(nn.Module):
 
 
 def update(loss, parameters, ema_parameters, optimizer, scaler, decay):
-    """One step down the gradient of `loss` [], clipped to norm 1; then the moving average (EMA).
-
-    The EMA, of the given decay, averages W_g, A and B each, so that it can still be split into
-    theta and theta_g; merging comes after. `scaler` is float16's, else it does nothing.
-    -> the gradient's norm before clipping, []."""
+    """One step down the gradient of `loss` [], clipped to norm 1; then the moving average (EMA) of
+    W_g, A and B each. `scaler` is float16's. -> the gradient's norm before clipping, []."""
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -392,7 +359,7 @@ def ddim(predict, x, alpha_bar, steps=50):
     return x
 
 
-def ddpm(predict, x, alpha_bar, steps=T, noise=None):
+def ddpm(predict, x, alpha_bar, steps, noise):
     """Ancestral sampling (Algorithm C.1, sigma_t^2 = beta_t); noise() gives z of x's shape."""
     times = [i * T // steps for i in reversed(range(steps))]
     for t, a, a_next in steps_of(alpha_bar, times):
@@ -405,8 +372,7 @@ def ddpm(predict, x, alpha_bar, steps=T, noise=None):
 
 def dpm(predict, x, alpha_bar, steps=15):
     """DPM-Solver++ 2M (arXiv:2211.01095): x_0 is extrapolated from the last two predictions."""
-    times = np.linspace(0, T - 1, steps + 1).round().astype(int).tolist()
-    times = list(reversed(times[1:]))  # without 0: the last step goes to alpha_bar = 1
+    times = np.linspace(0, T - 1, steps + 1).round().astype(int).tolist()[:0:-1]  # without 0
     x0_last = step_last = None
     for t, a, a_next in steps_of(alpha_bar, times):
         x0 = (x - math.sqrt(1 - a) * predict(x, t)) / math.sqrt(a)
@@ -428,15 +394,11 @@ SAMPLERS = {"ddim": (ddim, 50), "ddpm": (ddpm, T), "dpm": (dpm, 15)}  # with the
 def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0, seeds=None):
     """Images [B, C, H, W] in [-1, 1] of an eps-function or UNet in eval mode, `model(x, t, y)`.
 
-    labels [B] (-1: none); image_shape (C, H, W); steps: by default 50, 1000, 15; seeds: one int an
-    image, so that the batch size doesn't matter; classifier-free guidance w: eps_c + w (eps_c -
-    eps_null). Raises ValueError."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; choose {', '.join(SAMPLERS)}")
+    labels [B] (-1: none); image_shape (C, H, W); seeds: one int an image, so that the batch size
+    doesn't matter; guidance w: eps_c + w (eps_c - eps_null), classifier-free. Raises ValueError."""
     draw, usual = SAMPLERS[sampler]
     steps, most = usual if steps is None else steps, T - (sampler == "dpm")  # no time twice
-    if not 1 <= steps <= most:
-        raise ValueError(f"--sample-steps is {steps}; {sampler} takes 1 to {most}")
+    check(1 <= steps <= most, "sample_steps", steps, f"1 to {most} with {sampler}")
     alpha_bar = make_alpha_bar().tolist()
     seeds = range(len(labels)) if seeds is None else seeds
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
@@ -526,14 +488,12 @@ class UNet(nn.Module):
     """eps_theta(x_t, t, y); Eq. (1) is for its decoder.
 
     `image_size` only places the attention; any size divisible by 2^(levels-1) can be fed. Raises
-    ValueError where widths don't fit GroupNorm or the image's size the stride."""
+    ValueError where widths don't fit GroupNorm."""
 
     def __init__(self, num_classes=10, image_channels=3, image_size=32, channels=128,
                  multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1):
         super().__init__()
-        emb_dim = 4 * channels
-        self.channels = channels
-        self.stride = 2 ** (len(multipliers) - 1)
+        self.channels, emb_dim = channels, 4 * channels
         self.time_embedding = nn.Sequential(linear(channels, emb_dim), nn.SiLU(),
                                             linear(emb_dim, emb_dim))
         self.label_embedding = nn.Embedding(num_classes, emb_dim)
@@ -567,8 +527,7 @@ class UNet(nn.Module):
                                           conv(width, image_channels, gain=1e-5)))
 
     def embed(self, t, y):
-        """What each residual block is told of the time t [B] and the label y [B] (-1: dropped),
-        [B, 4 * channels]."""
+        """What residual blocks are told of t [B] and y [B] (-1: dropped), [B, 4 * channels]."""
         half = torch.arange(self.channels // 2, device=t.device)
         frequency = torch.exp(-math.log(10_000.0) / (self.channels // 2) * half)
         angle = t[:, None].float() * frequency
@@ -578,13 +537,7 @@ class UNet(nn.Module):
         return emb + label * (y >= 0)[:, None]  # a dropped label adds nothing
 
     def forward(self, x_t, t, y):
-        """-> eps [B, C, H, W] for x_t [B, C, H, W], t [B], y [B] (-1: label dropped).
-
-        Raises ValueError if H or W is off the stride."""
-        height, width = x_t.shape[2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(
-                f"images of {height}x{width} don't fit the network's stride, {self.stride}")
+        """-> eps [B, C, H, W] for x_t [B, C, H, W], t [B], y [B] (-1: label dropped)."""
         emb = self.embed(t, y)
         h, skips = x_t, []
         for layer in self.encoder:
@@ -603,8 +556,8 @@ class UNet(nn.Module):
 def make_unet(config, num_classes, image_channels):
     """The UNet of a run, with capacity reserved in its decoder (Eq. 1) unless --no-cm.
 
-    As in the authors' code: in the 3x3 convolutions of the decoder's blocks and upsampling, not in
-    the last convolution; with --preset paper these are 27."""
+    As in the authors' code: in the 3x3 convolutions of the decoder's blocks and upsampling, but the
+    last; with --preset paper these are 27."""
     unet = UNet(num_classes, image_channels, config.image_size, config.channels,
                 config.multipliers, config.blocks, config.attention, config.dropout)
     if not config.no_cm:
@@ -619,17 +572,11 @@ def make_unet(config, num_classes, image_channels):
 
 
 def class_counts(n_max, ir, num_classes):
-    """Training images a class, N_c = int(n_max * ir^(-c/(C-1))) (Cao et al. 2019), C ints.
-
-    Raises ValueError if ir < 1, there are fewer than two classes, or a class would be empty."""
-    if num_classes < 2:
-        raise ValueError(f"a long-tailed split needs at least two classes, not {num_classes}")
-    if not ir >= 1:
-        raise ValueError(f"the imbalance ratio is {ir}; it must be at least 1")
+    """Training images a class, N_c = int(n_max * ir^(-c/(C-1))) (Cao et al. 2019), C ints. Raises
+    ValueError if a class would be empty."""
     counts = [int(n_max * (1 / ir) ** (c / (num_classes - 1.0))) for c in range(num_classes)]
     if counts[-1] < 1:
-        raise ValueError(f"imbalance ratio {ir:g} leaves the smallest class empty; with "
-                         f"{int(n_max)} images in the largest, type a smaller --ir")
+        raise ValueError(f"--ir {ir:g} leaves the smallest class empty; type a smaller one")
     return counts
 
 
@@ -638,8 +585,7 @@ def long_tail_indices(labels, ir, seed=0, n_max=None):
 
     As in the code that everyone's figures come from: RandomState(seed), there 0, classes in order,
     each class's indices shuffled, the first N_c taken; n_max = N / C, or the smallest class where
-    classes differ. A smaller `n_max` takes the first of the same order. Raises ValueError where a
-    class has fewer images than its N_c."""
+    classes differ. Raises ValueError where a class has fewer images than its N_c."""
     labels = np.asarray(labels)
     if ir == 1 and n_max is None:
         return np.arange(len(labels))
@@ -648,9 +594,7 @@ def long_tail_indices(labels, ir, seed=0, n_max=None):
         n_max = len(labels) / len(sizes) if sizes.min() == sizes.max() else sizes.min()
     rng, chosen = np.random.RandomState(seed), []
     for c, n in enumerate(class_counts(n_max, ir, len(sizes))):
-        if n > sizes[c]:
-            raise ValueError(
-                f"--n-max {n_max} asks for {n} images of class {c}, which has {sizes[c]}")
+        check(n <= sizes[c], "n_max", n_max, f"less: class {c} has {sizes[c]} images, not {n}")
         index = np.where(labels == c)[0]
         rng.shuffle(index)
         chosen.append(index[:n])
@@ -658,9 +602,7 @@ def long_tail_indices(labels, ir, seed=0, n_max=None):
 
 
 def splits(counts):
-    """{"Many": classes, "Medium": ..., "Few": ...} by training count, descending (Sec. 4.1).
-
-    Two classes make no Medium."""
+    """{"Many": classes, "Medium": ..., "Few": ...} by training count (Sec. 4.1); two: no Medium."""
     order = np.argsort(-np.asarray(counts), kind="stable")
     third = len(counts) // 3
     if len(counts) == 2:
@@ -669,25 +611,6 @@ def splits(counts):
 
 
 FASHION16 = Path(__file__).with_name("assets") / "fashion16.npz"  # experiments/make_fashion16.py
-
-
-def fetch(name, root, train):
-    """A torchvision data set, downloaded if need be. Raises ValueError."""
-    packed = (root / "train-images-idx3-ubyte.gz").is_file()  # as Debian's package has them
-    if name == "fashion" and packed and not (root / "FashionMNIST" / "raw").is_dir():
-        raw = "data/FashionMNIST/raw"
-        raise ValueError(f"{root} holds packed files; type mkdir -p {raw} && cp {root}/*.gz {raw} "
-                         f"&& gunzip {raw}/*.gz, then leave --data away")
-    kind = "FashionMNIST" if name == "fashion" else name.upper()
-    try:
-        return getattr(torchvision.datasets, kind)(root, train=train, download=True)
-    except Exception as e:  # torchvision, urllib and pickle have many kinds
-        raise ValueError(f"{kind} is neither whole in {root} nor could it be fetched "
-                         f"({e or type(e).__name__}); --data names the directory that holds "
-                         f"it") from None
-
-
-DECODER = 2  # raised where `read_image` or `square` gives other pixels: old caches go
 
 
 def read_image(file):
@@ -708,29 +631,22 @@ def read_image(file):
 
 def read_images(files, prepare=np.asarray):
     """uint8 [N, H, W, 3] of image files, made of PIL images by `prepare`. Raises ValueError, which
-    names up to five files that can't be read or aren't of the others' size."""
+    names up to five files that can't be read or aren't of the first one's size."""
     def decode(file):
         try:
             return prepare(read_image(file))
         except ValueError as e:
             return e
 
-    images, wrong = None, []
     with ThreadPool() as pool:  # PIL decodes outside the interpreter's lock
-        for i, image in enumerate(tqdm(pool.imap(decode, files, 64), "decoding", len(files))):
-            if isinstance(image, ValueError):
-                wrong.append(image)
-                continue
-            if images is None:
-                images = np.empty((len(files), *image.shape), np.uint8)
-            if image.shape == images.shape[1:]:
-                images[i] = image
-            else:
-                sides = *image.shape[1::-1], *images.shape[2:0:-1]
-                wrong.append("{} is {} x {}, others are {} x {}".format(files[i], *sides))
+        images = list(tqdm(pool.imap(decode, files, 64), "decoding", len(files)))
+    wrong = [image for image in images if isinstance(image, ValueError)]
+    if not wrong:
+        wrong = [f"{file} isn't of {files[0]}'s size" for file, image in
+                 zip(files, images, strict=True) if image.shape != images[0].shape]
     if wrong:
         raise ValueError("; ".join(map(str, wrong[:5])) + f" (of {len(wrong)})" * (len(wrong) > 5))
-    return images
+    return np.stack(images)
 
 
 def visible(folder):
@@ -753,9 +669,9 @@ def list_images(tree, names=("",)):
                     seen.add(path.resolve())
                     folders.append(path)
     images = [(path, label) for path, label in found if path.suffix.lower() in endings]
-    if len(images) < len(found):
-        print(f"{tree}: {len(found) - len(images)} files left out, whose names don't end in "
-              f"{' '.join(endings)}", file=sys.stderr)
+    others = len(found) - len(images)
+    if others:
+        print(f"{tree}: {others} files left out, whose endings aren't images'", file=sys.stderr)
     images.sort(key=lambda image: os.path.split(image[0]))
     return [path for path, _ in images], np.array([label for _, label in images], np.int64)
 
@@ -764,29 +680,24 @@ def class_folders(root):
     """(folder of the classes' folders, their names) of an image tree: root/train, if it holds
     folders, else root; held-out images are apart, in root/val. Raises ValueError."""
     beside = [path.name for path in visible(root) if path.is_dir()]
-    tree, names = root, [name for name in beside if name != "val"]
-    parts = {"train", "training", "val", "valid", "validation", "test", "testing"}
-    odd = {name for name in names if name.lower() in parts} - {"train"}
     inner = [p.name for p in visible(root / "train") if p.is_dir()] if "train" in beside else []
+    parts = {"train", "training", "val", "valid", "validation", "test", "testing"}
     if inner:
         tree, names, odd = root / "train", inner, set(beside) - {"train", "val"}
-        if "val" in beside:
-            odd -= parts  # a test set may lie beside both
-    if odd:
-        raise ValueError(f"{root} holds {', '.join(sorted(odd))}: it must hold one folder a class, "
-                         f"or all of them in train, and held-out images in val")
-    if len(names) < 2:
-        raise ValueError(f"{tree} holds {len(names)} class folder(s); it needs one folder of "
-                         f"images a class, and at least two")
+        odd -= parts if "val" in beside else set()  # a test set may lie beside both
+    else:
+        tree, names = root, [name for name in beside if name != "val"]
+        odd = {name for name in names if name.lower() in parts} - {"train"}
+    if odd or len(names) < 2:
+        what = ", ".join(sorted(odd)) or "fewer than two folders"
+        raise ValueError(f"{tree} holds {what}: it must hold a folder a class, or all of them in "
+                         f"train, and held-out images in val")
     return tree, names
 
 
 def read_folder(root, size, train):
-    """An image tree: uint8 [N, size, size, 3], labels, class names. Raises ValueError.
-
-    Each image's shorter side is resized, then its centre cropped. Decoded once, into an .npy in
-    `root` whose name tells the size and the files it was made of."""
-    def square(image):
+    """An image tree: uint8 [N, size, size, 3], labels, class names. Raises ValueError."""
+    def square(image):  # the shorter side is resized, then the centre cropped
         scale = size / min(image.size)
         sides = [max(size, round(s * scale)) for s in image.size]
         image = image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -794,54 +705,34 @@ def read_folder(root, size, train):
         return np.asarray(image.crop((left, top, left + size, top + size)))
 
     tree, names = class_folders(root)
-    tree = tree if train else root / "val"
-    files, labels = list_images(tree, names)
+    files, labels = list_images(tree if train else root / "val", names)
     empty = [name for label, name in enumerate(names) if label not in labels]
     if train and empty:
         raise ValueError(f"{tree} holds no valid file for the classes {', '.join(empty)}")
-    if not files:
-        return np.empty((0, size, size, 3), np.uint8), labels, names
-    stats = [(os.path.relpath(file, tree), os.stat(file)) for file in files]
-    stamp = [(path, s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stats]  # inode: after a mv
-    digest = hashlib.sha256(repr((DECODER, stamp)).encode()).hexdigest()[:16]
-    kind = f".cm-{'all' if tree == root else tree.name}-{size}"
-    cache = root / f"{kind}-{digest}.npy"
-    with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
-        return np.lib.format.open_memmap(cache, mode="c"), labels, names
-    images = read_images(files, square)
-    try:
-        write_atomically(cache, lambda path: np.save(path, images))
-        for old in set(root.glob(f"{kind}-*.npy")) - {cache}:
-            old.unlink()
-    except OSError as e:
-        print(f"{e}; the images will be decoded again next time", file=sys.stderr)
+    images = read_images(files, square) if files else np.empty((0, size, size, 3), np.uint8)
     return images, labels, names
 
 
 def load_dataset(name, data=None, image_size=32, train=True):
     """A data set as it comes (not yet long-tailed): uint8 [N, H, W, C], labels [N] int64, list of
-    class names. train=False gives the held-out images, N = 0 where there are none.
-
-    Raises ValueError."""
-    root = Path(data or "data")
+    class names. train=False: the held-out images, N = 0 where there are none. Raises ValueError."""
     if name == "folder":
-        if data is None:
-            raise ValueError("--dataset folder needs --data DIR, a tree with one folder of images "
-                             "a class")
-        return read_folder(root, image_size, train)
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
-    check(name != "fashion16" or data is None, "data", data,
-          "left away with fashion16, which lies beside cm.py")
+        check(data is not None, "data", data, "a tree with one folder of images a class")
+        return read_folder(Path(data), image_size, train)
     sizes = (8, 16) if name == "fashion16" else (8, 16, 32)
-    check(image_size in sizes, "image_size", image_size,
-          f"{' or '.join(map(str, sizes))} for {name}")
+    check(image_size in sizes, "image_size", image_size, f"one of {sizes} for {name}")
     if name == "fashion16":
+        check(data is None, "data", data, "left away with fashion16, which lies beside cm.py")
         part, names = "train" if train else "test", torchvision.datasets.FashionMNIST.classes
         with np.load(FASHION16) as file:
             images, labels = file[f"{part}_images"][..., None], file[f"{part}_labels"]
     else:
-        whole = fetch(name, root, train)
+        kind = "FashionMNIST" if name == "fashion" else name.upper()
+        try:
+            whole = getattr(torchvision.datasets, kind)(data or "data", train, download=True)
+        except Exception as e:  # torchvision, urllib and pickle have many kinds
+            raise ValueError(f"--data is {data or 'data'}; {kind} is neither whole there nor could "
+                             f"it be fetched ({e or type(e).__name__})") from None
         images, labels, names = np.asarray(whole.data), np.asarray(whole.targets), whole.classes
         if name == "fashion":
             images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]  # [N, 32, 32, 1]
@@ -878,14 +769,11 @@ class Data:
         index = index[np.argsort(labels[index], kind="stable")]
         self.images, self.labels = on_device(images[index], labels[index], device)
         self.counts = torch.bincount(self.labels, minlength=len(self.names))
-        if self.counts.min() < 1:
-            raise ValueError(f"class {self.names[int(self.counts.argmin())]} has no images")
         self.starts = self.counts.cumsum(0) - self.counts
         held_out, held_out_labels, _ = load_dataset(*options, train=False)
-        if len(held_out):
-            self.held_out, self.held_out_labels = on_device(held_out, held_out_labels, device)
-            self.held_out_name = "held-out"
-        else:
+        self.held_out, self.held_out_labels = on_device(held_out, held_out_labels, device)
+        self.held_out_name = "held-out"
+        if len(held_out) == 0:
             self.held_out, self.held_out_labels = self.images, self.labels
             self.held_out_name = "TRAINING images"
 
@@ -921,9 +809,8 @@ def to_uint8(x):
 def hashed_seed(purpose, *numbers):
     """One integer for `manual_seed`, from a purpose (at most 8 letters) and ints in [0, 2^63).
 
-    PyTorch's CPU generators keep only the low 32 bits of a seed: shifts and sums of a run's seed
-    and its step would give two runs the same draws. Hashed, different (purpose, seed, step or
-    image, process) meet by chance alone, there one pair in 2^32."""
+    PyTorch's CPU generators keep only the low 32 bits of a seed: sums of a run's seed and its step
+    would give two runs the same draws. Hashed, they meet by chance alone."""
     # SeedSequence takes words of 32 bits; two halves of each, so that no two lists read alike
     words = [int.from_bytes(purpose.encode(), "little"), *numbers]
     halves = [half for word in words for half in (word % 2**32, word >> 32)]
@@ -948,7 +835,6 @@ def pick_device(name=None):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    check(re.fullmatch(r"cpu|cuda:\d+", name), "device", name, "cpu, cuda or cuda:N")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -959,8 +845,8 @@ def pick_device(name=None):
 
 
 def lay_out(unet, device):
-    """The network on its device, on the CPU its convolutions channels-last. Not on CUDA, where
-    group norm undoes it; not 1x1 kernels, whose bytes stay: DDP would warn of their strides."""
+    """The network on its device, on the CPU its convolutions channels-last; not 1x1 kernels, whose
+    bytes stay: DDP would warn of their strides."""
     unet = unet.to(device)
     for p in unet.parameters():
         if device.type == "cpu" and p.ndim == 4 and p.shape[2:].numel() > 1:
@@ -969,14 +855,13 @@ def lay_out(unet, device):
 
 
 def precision(config, device):
-    """--amp on this device: "off", "bf16" or "fp16". Raises ValueError."""
-    # "off" is float32 throughout, without the TF32 that cuDNN would use by default
+    """--amp on this device: "bf16", "fp16", or "off", float32 without cuDNN's default, TF32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    if config.amp == "auto" and device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    check(config.amp in ("auto", "off") or device.type == "cuda", "amp", config.amp,
-          "left at auto without a GPU")
-    return "off" if config.amp == "auto" else config.amp
+    if device.type != "cuda":
+        check(config.amp in ("auto", "off"), "amp", config.amp, "left away without a GPU")
+        return "off"
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return ("bf16" if bf16 else "fp16") if config.amp == "auto" else config.amp
 
 
 def autocast(kind, device):
@@ -985,16 +870,13 @@ def autocast(kind, device):
 
 
 def write_atomically(path, write):
-    """Call `write` on a temporary name beside `path`, then rename: `path` is always whole.
-
-    Raises OSError where it can't be written."""
+    """Call `write` on a temporary name, then rename: `path` is always whole. Raises OSError."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save's, on a full disk, is a RuntimeError
-        reason = str(e).splitlines()[0]
-        raise OSError(f"{path} can't be written ({reason}); it is as it was before") from None
+        raise OSError(f"{path} can't be written ({e}); it is as it was before") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1023,19 +905,18 @@ def load_checkpoint(path):
         raise ValueError(f"{path} can't be loaded as a checkpoint.pt: {reason}") from None
 
 
-def load_weights(unet, weights, path):
-    """Fill a network. Raises ValueError."""
+def load_weights(part, weights, path):
+    """Fill a network, or what trains it. Raises ValueError."""
     try:
-        unet.load_state_dict(weights)
+        part.load_state_dict(weights)
     except RuntimeError:
         raise ValueError(f"{path} holds another network than its configuration says") from None
 
 
 def load_trained(path, weights="ema", network=make_unet):
-    """(configuration, network in eval mode with W_g, A and B still apart, class counts).
-
-    `path` is a checkpoint.pt; weights "ema", or "model" for those that the next step would train;
-    `network` is that of `train`. Raises ValueError."""
+    """(configuration, network in eval mode with W_g, A and B still apart, class counts) of a
+    checkpoint.pt; weights "ema", or "model" for those that the next step would train; `network` is
+    that of `train`. Raises ValueError."""
     state, config = load_checkpoint(path)
     unet = network(config, len(state["counts"]), state["ema"]["encoder.0.weight"].shape[1])
     load_weights(unet, state[weights], path)
@@ -1043,8 +924,7 @@ def load_trained(path, weights="ema", network=make_unet):
 
 
 def shown_classes(counts):
-    """The classes of tables and pictures, most frequent first; of over 20 the first 5, the last 5.
-    """
+    """The classes of tables and pictures, most frequent first; of over 20 the first and last 5."""
     order = np.argsort(-np.asarray(counts), kind="stable").tolist()
     return order if len(order) <= 20 else order[:5] + order[-5:]
 
@@ -1055,19 +935,9 @@ def groups(counts):
     return classes | {name: torch.as_tensor(k) for name, k in splits(counts).items()}
 
 
-def add_up(sums, y, loss, base, loss_cm, d, grad_norm):
-    """Add a step to sums [C + 1, 4]: base loss, L_CM, d and samples of each class; the last row has
-    the total loss, the gradient's norm and the steps."""
-    values = torch.stack([base.detach(), loss_cm.detach(), d, torch.ones_like(d)], 1)
-    sums.index_add_(0, y, values.double())
-    one = torch.ones_like(grad_norm)
-    sums[-1] += torch.stack([loss.detach(), grad_norm, one, one]).double()
-
-
 def row_of(sums, step, lr, names, counts, out):
-    """A row of log.csv, means since the last one; base loss and d of each group (nan: none drawn).
-
-    Raises FloatingPointError where a step wasn't finite."""
+    """A row of log.csv, means since the last one, of `train`'s sums (nan: none drawn). Raises
+    FloatingPointError where a step wasn't finite."""
     by_class, (loss, grad_norm, steps, _) = sums[:-1].cpu(), sums[-1].tolist()
     if not sums.isfinite().all():
         odd = [names[k] for k in torch.where(~by_class.isfinite().all(1))[0].tolist()[:20]]
@@ -1086,9 +956,8 @@ def row_of(sums, step, lr, names, counts, out):
 
 def write_log(path, rows):
     """log.csv, whole."""
-    lines = [",".join(row if i == 0 else (f"{v:.6g}" for v in row.values()))
-             for i, row in enumerate([*rows[:1], *rows])]
-    write_atomically(path, lambda p: p.write_text("".join(f"{line}\n" for line in lines)))
+    lines = [",".join(rows[0])] + [",".join(f"{v:.6g}" for v in row.values()) for row in rows]
+    write_atomically(path, lambda p: p.write_text("\n".join(lines) + "\n"))
 
 
 def stored_options(config):
@@ -1098,14 +967,11 @@ def stored_options(config):
 
 
 def prepare_run(config, typed):
-    """The configuration and the checkpoint (or None) that a run starts from; writes nothing.
-
-    Raises ValueError."""
+    """The configuration and the checkpoint (or None) that a run starts from. Raises ValueError."""
     out = Path(config.out)
     if not config.resume:
         if out.is_dir() and any(out.iterdir()) and not config.overwrite:
-            raise ValueError(f"{out} is in use; type --resume to go on, --overwrite to begin "
-                             f"again, or another --out")
+            raise ValueError(f"{out} is in use; type --resume, --overwrite or another --out")
         return config, None
     state, saved = load_checkpoint(out / "checkpoint.pt")
     for name in sorted(typed - {"steps", "out", "resume", "device"}):
@@ -1118,8 +984,7 @@ def prepare_run(config, typed):
 
 
 def read_data(data, config, device):
-    """data(config, device). Of torchrun's processes the first of each machine reads (downloads,
-    decodes) first; the others wait, hours if need be."""
+    """data(config, device); of torchrun's processes the first of each machine reads first."""
     if "WORLD_SIZE" not in os.environ:
         return data(config, device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
@@ -1133,20 +998,12 @@ def read_data(data, config, device):
     return read
 
 
-def concave_classes(counts, config):
-    """The classes for which 1 + lam * w <= 0: base loss plus lam * w * d has the curvature
-    2 (1 + lam * w) in eps_theta."""
-    w = capacity_weights(counts.cpu(), config.w_con, config.w_div)
-    return [] if config.no_cm else torch.where(1 + config.lam * w <= 0)[0].tolist()
-
-
 def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_unet, data=Data):
-    """Train as configured, write the run directory, show the result.
+    """Train as a resolved Config says, write the run directory, show the result.
 
-    `typed`: the options that a --resume must match; `losses`: CapacityManipulation or a subclass of
-    it; `network(config, num_classes, image_channels)`: a UNet; `data(config, device)`: `Data` or
-    what has its attributes and methods. Raises ValueError on bad input, before anything is written,
-    and FloatingPointError where the loss stops being finite."""
+    `typed`: names that a --resume must match; `losses`: CapacityManipulation or a subclass;
+    `network(config, num_classes, image_channels)`: a UNet; `data(config, device)`: has what `Data`
+    has. Raises ValueError, and FloatingPointError where the loss isn't finite."""
     config, state = prepare_run(config, typed)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(config.batch_size % world == 0, "batch_size", config.batch_size,
@@ -1156,8 +1013,7 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     data = read_data(data, config, device)
     names, counts, out = data.names, data.counts.tolist(), Path(config.out)
     if state and (state["names"], state["counts"]) != (names, counts):
-        raise ValueError(f"{out} was trained on other classes, or counts of them, than the data "
-                         f"have now")
+        raise ValueError(f"{out} was trained on other classes, or other counts of them")
 
     torch.manual_seed(hashed_seed("weights", config.seed))
     unet = lay_out(network(config, len(names), data.images.shape[1]), device)
@@ -1169,17 +1025,22 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     parameters, ema_parameters = list(unet.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
+    # of each class base loss, L_CM, d and samples; last the total loss, the gradient's norm, steps
     sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64, device=device)
     parts = dict(model=unet, ema=ema, optimizer=optimizer, scaler=scaler)
     step, rows = (state["step"], state["rows"]) if state else (0, [])
-    if state:
-        restore(state, parts, sums if rank == 0 else None, out)
-        state = None  # 620 MB for the paper's network
+    for name, part in parts.items() if state else ():
+        if state[name]:  # without float16 there is no scale
+            load_weights(part, state[name], out)
+    for p, moments in optimizer.state.items():  # fused Adam wants this device's layout
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(p).copy_(moments[name])
+    state = None  # 620 MB for the paper's network
 
-    def save(summed):
+    def save():
         saved = {name: part.state_dict() for name, part in parts.items()}
         saved |= dict(config=stored_options(config), names=names, counts=counts, step=step,
-                      rows=rows, sums=summed)
+                      rows=rows)
         write_atomically(out / "checkpoint.pt", lambda path: torch.save(saved, path))
 
     out.mkdir(parents=True, exist_ok=True)
@@ -1187,7 +1048,7 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     with locked(out) if rank == 0 else contextlib.nullcontext(), progress:
         if rank == 0:
             begin(config, out, data, ema, rows)
-            save(sums)  # so that there always is a checkpoint to go on from
+            save()  # so that there always is a checkpoint to go on from
         while step < config.steps:
             step += 1
             lr = config.lr * min(1.0, step / max(1, config.warmup))
@@ -1200,65 +1061,46 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
             grad_norm = update(loss, parameters, ema_parameters, optimizer, scaler, decay)
             if scaler.is_enabled():  # it skips a step whose gradient isn't finite
                 grad_norm = grad_norm.nan_to_num(0, 0, 0)
-            add_up(sums, y, loss, base, loss_cm, d, grad_norm)
+            one, ones = torch.ones_like(grad_norm), torch.ones_like(d)
+            values = torch.stack([base.detach(), loss_cm.detach(), d, ones], 1)
+            sums.index_add_(0, y, values.double())
+            sums[-1] += torch.stack([loss.detach(), grad_norm, one, one]).double()
+            progress.update()
 
             last = step == config.steps
-            logs, saves = (last or step % n == 0 for n in (config.log_every,
-                                                           config.checkpoint_every))
-            if logs or saves:
-                summed = sums.clone()
-                if dist.is_initialized():
-                    dist.all_reduce(summed)
-                row = row_of(summed, step, lr, names, counts, out)
-            if logs:
-                rows.append(row)
-                sums.zero_()
-                summed.zero_()
-            if logs and rank == 0:
+            if not last and step % config.log_every:
+                continue
+            if dist.is_initialized():
+                dist.all_reduce(sums)
+            rows.append(row_of(sums, step, lr, names, counts, out))
+            sums.zero_()
+            progress.set_postfix_str(f"base {rows[-1]['base']:.4f}", refresh=False)
+            if rank == 0:
                 write_log(out / "log.csv", rows)
-            if saves and rank == 0:
-                save(summed)
-            progress.update()
-            if step % 20 == 0 and rank == 0:
-                progress.set_postfix_str(f"base {float(base.detach().mean()):.4f}", refresh=False)
+            if rank == 0 and (last or step % config.checkpoint_every < config.log_every):
+                save()  # with a row, never between two: it holds no sums
         if rank == 0:
             report(ema, data, config, rows, out)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def restore(state, parts, sums, out):
-    """Fill what a run is made of from its checkpoint."""
-    for name in ("model", "ema"):
-        load_weights(parts[name], state[name], out)
-    parts["optimizer"].load_state_dict(state["optimizer"])
-    for p, moments in parts["optimizer"].state.items():  # fused Adam wants this device's layout
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.empty_like(p).copy_(moments[name])
-    if state["scaler"] and parts["scaler"].is_enabled():
-        parts["scaler"].load_state_dict(state["scaler"])
-    if sums is not None:
-        sums.copy_(state["sums"])
-
-
 def begin(config, out, data, ema, rows):
     """Write config.json and say what a run trains; remove what an older run left."""
     for name in () if rows else ("log.csv", "merged.pt", "samples.png", "curves.png"):
         (out / name).unlink(missing_ok=True)
-    if rows:
-        write_log(out / "log.csv", rows)
-    text = json.dumps(dict(options=stored_options(config), classes=data.names,
-                           counts=data.counts.tolist()), indent=1)
+    counts = data.counts.tolist()
+    text = json.dumps(dict(options=stored_options(config), classes=data.names, counts=counts),
+                      indent=1)
     write_atomically(out / "config.json", lambda path: path.write_text(text))
     size = sum(p.numel() for p in merge(ema).parameters()) / 1e6
-    print(f"{config.dataset}: {len(data.images)} images, {len(data.names)} classes; "
-          f"{size:.2f} M parameters; {data.images.device}; {out}/")
-    concave = concave_classes(data.counts, config)
-    if concave:
+    print(f"{config.dataset}: {len(data.images)} images, {len(counts)} classes; {size:.2f} M "
+          f"parameters; {data.images.device}; {out}/")
+    w = capacity_weights(counts, config.w_con, config.w_div)
+    concave = torch.where(1 + config.lam * w <= 0)[0].tolist()
+    if concave and not config.no_cm:  # 2 (1 + lam * w) is the loss's curvature in eps_theta
         print(f"note: 1 + λw <= 0 for {', '.join(data.names[k] for k in concave[:20])}: there the "
-              f"loss has no minimum, in ε_θ either; a smaller --w-div makes it positive")
-    if data.images.device.type == "cpu" and config.preset == "paper":
-        print("note: this preset is for a GPU; --preset small gives a result in minutes")
+              f"loss has no minimum in ε_θ either; type a smaller --w-div")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1270,9 +1112,7 @@ def held_out_loss(unet, images, labels, num_classes, per_class=32, times=8):
     """Per-class held-out loss of a network in eval mode: (eps-loss of theta [C], of theta_g [C],
     d [C]), float64, nan for classes without images.
 
-    Plain eps target whatever the base loss, the first `per_class` images of each class, a fixed
-    time grid and fixed noise: so differences between networks are sharp. images uint8
-    [N, C, H, W], labels [N]."""
+    Of the first `per_class` images [N, C, H, W] (uint8) of each class, fixed times and noise."""
     index = torch.cat([torch.where(labels == k)[0][:per_class] for k in range(num_classes)])
     images, labels = images[index], labels[index]
     alpha_bar, generator = make_alpha_bar(images.device), torch.Generator().manual_seed(0)
@@ -1332,13 +1172,12 @@ def draw_samples(ema, data, config, path, columns=8):
     y_in, guidance = given(config, y, config.guidance)
     seeds = [hashed_seed("image", config.seed, i) for i in range(len(y))]
     how = f"guidance {guidance:g}" if config.label_drop < 1 else "any class"
+    with general_only(ema):
+        networks = {} if config.no_cm else {"θ_g, without BA": merge(ema)}
     panels = {"real (training set)": data.first(shown, columns)}
-    for title, context in (("θ", contextlib.nullcontext()), ("θ_g, without BA", general_only(ema))):
-        if title == "θ" or not config.no_cm:
-            with context:
-                unet = merge(ema)
-            panels[f"{title}, {how}"] = to_uint8(sample(unet, y_in, data.images.shape[1:],
-                                                        guidance=guidance, seeds=seeds))
+    for title, unet in ({"θ": merge(ema)} | networks).items():
+        panels[f"{title}, {how}"] = to_uint8(sample(unet, y_in, data.images.shape[1:],
+                                                    guidance=guidance, seeds=seeds))
     draw_panels(panels, [f"{data.names[k]}  {int(data.counts[k])}" for k in shown], path)
 
 
@@ -1357,13 +1196,11 @@ def draw_panels(panels, names, path):
                     layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
-        _, channels, height, width = images.shape
-        grid = images.cpu().view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-        grid = grid.reshape(rows * height, columns * width, channels).squeeze(-1)
-        axis.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        grid = torchvision.utils.make_grid(images.cpu(), columns, padding=0)  # [3, H, W]
+        axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
-    axes[0].set_yticks([(i + 0.5) * height for i in range(rows)], map(plain_text, names),
-                       fontsize=8)
+    axes[0].set_yticks([(i + 0.5) * images.shape[2] for i in range(rows)],
+                       map(plain_text, names), fontsize=8)
     write_atomically(path, lambda p: figure.savefig(p, dpi=130))
 
 
@@ -1372,19 +1209,18 @@ def draw_curves(rows, data, config, path):
     import matplotlib
     from matplotlib.figure import Figure
     shown = shown_classes(data.counts.cpu())
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 1, len(shown)))
     kinds = {} if config.no_cm else {"d": "d = ‖ε_θ − ε_θg‖², in training"}
     kinds |= {"base": "base loss"}
     figure = Figure(figsize=(4.6 * len(kinds) + 1.6, 3.4), layout="constrained")
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
-        for i, k in enumerate(shown):
-            axis.plot([row["step"] for row in rows], [row[f"{kind}_{k}"] for row in rows], lw=1,
-                      color=matplotlib.colormaps["viridis"](i / max(1, len(shown) - 1)),
-                      marker="." if len(rows) < 3 else "",
+        for k, color in zip(shown, colors, strict=True):
+            axis.plot([row["step"] for row in rows], [row[f"{kind}_{k}"] for row in rows],
+                      lw=1, color=color, marker="." if len(rows) < 3 else "",
                       label=plain_text(f"{data.names[k]} ({int(data.counts[k])})"))
         axis.set(title=title, xlabel="step")
-        if any(value > 0 for line in axis.lines for value in line.get_ydata()):
-            axis.set_yscale("log")
+        axis.set_yscale("log", nonpositive="mask")
         axis.grid(alpha=0.3)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5),
                     title="class (count)", title_fontsize=7)
@@ -1394,26 +1230,23 @@ def draw_curves(rows, data, config, path):
 
 
 def generate(config, network=make_unet):
-    """--sample: write an .npz in ADM's layout, arr_0 uint8 [N, H, W, C] and arr_1 labels; beside
-    them counts, guidance, sampler, sample_steps; and a picture. `network` as `train`'s.
-
-    Raises ValueError on bad input, FloatingPointError where an image isn't finite."""
+    """--sample: write an .npz in ADM's layout, arr_0 uint8 [N, H, W, C] and arr_1 labels, and a
+    picture. `network` as `train`'s. Raises ValueError, FloatingPointError on infinite images."""
     trained, ema, counts = load_trained(config.sample, network=network)
     names = load_checkpoint(config.sample)[0]["names"]
     device = pick_device(config.device)
     kind = precision(config, device)
     chosen = list(config.labels or range(len(counts)))
     out = Path(config.out or Path(config.sample).parent / "samples.npz")
-    if config.general_only and trained.no_cm:
-        raise ValueError(f"{config.sample} was trained with --no-cm: there is no theta_g to sample")
+    check(not (config.general_only and trained.no_cm), "general_only", True,
+          "left away where --no-cm was trained: there is no theta_g")
     check(min(chosen) >= 0 and max(chosen) < len(counts), "labels", config.labels,
           f"from 0 to {len(counts) - 1}")
     check(not config.labels or trained.label_drop < 1, "labels", config.labels,
-          f"left away: {config.sample} was trained without labels")
-    check(out.suffix == ".npz", "out", out, "a name that ends in .npz, with --sample")
-    check(out.parent.is_dir(), "out", out, "in a directory that exists")
-    if out.exists() and not config.overwrite:
-        raise ValueError(f"{out} exists; type --overwrite, or another --out FILE.npz")
+          "left away where --label-drop 1 was trained")
+    check(out.suffix == ".npz" and out.parent.is_dir(), "out", out,
+          "a name that ends in .npz, in a directory that exists, with --sample")
+    check(config.overwrite or not out.exists(), "out", out, "new, without --overwrite")
 
     with general_only(ema) if config.general_only else contextlib.nullcontext():
         unet = lay_out(merge(ema), device)
@@ -1427,8 +1260,7 @@ def generate(config, network=make_unet):
             x = sample(unet, y.to(device), shape, config.sampler, config.sample_steps, guidance,
                        seeds)
             if not x.isfinite().all():
-                raise FloatingPointError(f"images from {config.sample} are not finite; nothing was "
-                                         f"written")
+                raise FloatingPointError("images are not finite; nothing was written")
             images.append(to_uint8(x).cpu())
             progress.update(len(y))
     images = torch.cat(images)
@@ -1462,86 +1294,74 @@ DATASETS = {"fashion16": "small", "fashion": "small", "cifar10": "paper", "cifar
             "folder": "paper"}
 
 
-def option(group, default, help, **extra):
-    return dataclasses.field(default=default, metadata=dict(group=group, help=help, **extra))
+def option(default, help, low=None, below=math.inf, group=None, **extra):
+    """A field, low <= value < below, of `group` or that of the field before; extra: argparse's."""
+    option.group = group or option.group
+    metadata = dict(help=help, range=(low, below), group=option.group, extra=extra)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Every option of a run. `config.json` in the run directory holds it, presets filled in."""
 
-    dataset: str = option("data", "fashion16", "images to train on", choices=list(DATASETS))
-    data: str = option("data", None, "torchvision's root, or an image tree (folder; held-out "
-                       "images in DIR/val) [default: data]")
-    ir: float = option("data", None, "imbalance ratio, most over least frequent class; 1 keeps the "
-                       "set as it is (Sec. 4.1) [default: 100; folder: 1]")
-    n_max: int = option("data", None, "images in the largest class, the others by --ir [default: "
-                        "all; where classes differ: as many as the smallest has]")
-    subset_seed: int = option("data", 0, "draws a class's images; 0 is the published draw")
-    resample: float = option("data", 1.0, "draw classes with p_c ~ N_c^q: 0.5 square root (RS), 0 "
-                             "class-balanced, 1 off (Sec. 4.1)", metavar="Q")
-    flip: bool = option("data", None, "horizontal flips [default: yes; fashion, fashion16: no, "
-                        "their shoes all point one way]")
+    dataset: str = option("fashion16", "images to train on", group="data",
+                          choices=list(DATASETS))
+    data: str = option(None, "torchvision's root [default: data], or --dataset folder's tree")
+    ir: float = option(None, "imbalance ratio, 1: as it comes [default: 100; folder: 1]", 1)
+    n_max: int = option(None, "images in the largest class [default: as many as all have]", 1)
+    subset_seed: int = option(0, "draws a class's images; 0 is the published draw", 0, 2**32)
+    resample: float = option(1.0, "draw classes with p_c ~ N_c^q: 0.5 is RS (Sec. 4.1)", 0, 11)
+    flip: bool = option(None, "horizontal flips [default: off for the fashion data sets]")
 
-    preset: str = option("network", None, "the paper's (Sec. G.1), or small, for a CPU [default: "
-                         "small for fashion16 and fashion, else paper]", choices=list(PRESETS))
-    image_size: int = option("network", None, "side of the square images, in pixels")
-    channels: int = option("network", None, "width of the first level")
-    multipliers: tuple = option("network", None, "width of each level (Fig. 4d)", type=int)
-    blocks: int = option("network", None, "residual blocks a level")
-    attention: tuple = option("network", None, "resolutions with attention, besides the middle",
-                              type=int, nargs="*")
-    dropout: float = option("network", None, "dropout rate (Sec. G.1)")
+    preset: str = option(None, "size of network and run [default: small for fashion, else paper]",
+                         group="network", choices=list(PRESETS))
+    image_size: int = option(None, "side of the square images, in pixels", 1)
+    channels: int = option(None, "width of the first level, an even number", 2)
+    multipliers: tuple = option(None, "width of each level over --channels (Fig. 4d)", type=int)
+    blocks: int = option(None, "residual blocks a level", 1)
+    attention: tuple = option(None, "resolutions with attention, beside the middle", type=int,
+                              nargs="*")
+    dropout: float = option(None, "dropout rate (Sec. G.1)", 0, 1)
 
-    no_cm: bool = option("method", False, "the plain network: no reservation, base loss only")
-    rank_ratio: float = option("method", None, "rank of BA over full rank (Eq. 1, Sec. G.1)")
-    lam: float = option("method", 1.0, "lambda, weight of L_CM (Eq. 4)")
-    w_con: float = option("method", 1.0, "weight of omega_con (Eq. 2); 0: no L_Con (Tab. 7)")
-    w_div: float = option("method", 0.2, "weight of omega_div; 0.2 is the authors' code's, 1 Eq. "
-                          "(2) as printed, 0 without L_Div (Tab. 7)")
-    div_margin: float = option("method", 0.1, "fuse: the distance up to which divergence is "
-                               "rewarded; inf is none, as in the authors' code (README)")
-    same_masks: bool = option("method", False, "theta and theta_g share their dropout masks: L_CM "
-                              "sees capacity alone; in the authors' code each draws its own")
-    base: str = option("method", None, "base loss (Sec. 3.2, D)",
-                       choices=["oc", "ddpm", "cbdm", "focal"])
-    cbdm_prior: str = option("method", "uniform", "classes y' of CBDM: uniform as Eq. (D.1), or by "
-                             "frequency as its code", choices=["uniform", "frequency"])
+    no_cm: bool = option(False, "the plain network: no reservation, base loss only", group="method")
+    rank_ratio: float = option(None, "rank of BA over full rank (Eq. 1, Sec. G.1)")
+    lam: float = option(1.0, "lambda, weight of L_CM (Eq. 4)", 0)
+    w_con: float = option(1.0, "weight of omega_con (Eq. 2); 0: no L_Con (Tab. 7)", 0)
+    w_div: float = option(0.2, "weight of omega_div; 1: as printed; 0: no L_Div (Tab. 7)", 0)
+    div_margin: float = option(0.1, "fuse, the d up to which divergence counts; inf: none", 0)
+    same_masks: bool = option(False, "one dropout mask for theta and theta_g: capacity alone")
+    base: str = option(None, "base loss (Sec. 3.2, D)", choices=["oc", "ddpm", "cbdm", "focal"])
+    cbdm_prior: str = option("uniform", "CBDM's y': as Eq. (D.1), or its code's",
+                             choices=["uniform", "frequency"])
 
-    steps: int = option("training", None, "training steps (Sec. G.1)")
-    batch_size: int = option("training", None, "images a step, over all processes (Sec. G.1)")
-    lr: float = option("training", None, "Adam's learning rate after warm-up (Sec. G.1)")
-    warmup: int = option("training", None, "steps of linear warm-up (Sec. G.1) [default: paper "
-                         "5000, small steps/60]")
-    label_drop: float = option("training", 0.1, "share of samples trained without their label (for "
-                               "guidance); 1 is an unconditional network")
-    ema: float = option("training", 0.9999, "largest decay of the weights' moving average")
-    seed: int = option("training", 0, "seed of weights, batches and sampling, below 2^63")
-    amp: str = option("training", "auto", "mixed precision on CUDA: auto is bf16 where the GPU has "
-                      "it, else fp16; off is float32 without TF32",
+    steps: int = option(None, "training steps (Sec. G.1)", 1, group="training")
+    batch_size: int = option(None, "images a step, over all processes (Sec. G.1)", 1)
+    lr: float = option(None, "Adam's learning rate after warm-up (Sec. G.1)", 0)
+    warmup: int = option(None, "steps of linear warm-up [default: paper 5000, small steps/60]", 0)
+    label_drop: float = option(0.1, "share of samples without label; 1: unconditional", 0)
+    ema: float = option(0.9999, "largest decay of the weights' moving average", 0, 1)
+    seed: int = option(0, "seed of weights, batches and sampling", 0, 2**63)
+    amp: str = option("auto", "mixed precision on CUDA; off is float32 without TF32",
                       choices=["auto", "bf16", "fp16", "off"])
-    compile: bool = option("training", False, "torch.compile the network")
-    device: str = option("training", None, "cpu, cuda, cuda:1, ... [default: cuda if it is there]")
+    compile: bool = option(False, "torch.compile the network")
+    device: str = option(None, "cpu, cuda, cuda:1, ... [default: cuda if it is there]")
 
-    out: str = option("run", None, "run directory, or the .npz that --sample writes [default: "
-                      "runs/DATASET; samples.npz beside the checkpoint]")
-    resume: bool = option("run", False, "go on from --out's checkpoint; --steps and --device may "
-                          "change")
-    overwrite: bool = option("run", False, "write into a directory that is in use")
-    checkpoint_every: int = option("run", None, "steps between checkpoints")
-    log_every: int = option("run", None, "steps between rows of log.csv")
+    out: str = option(None, "run directory, or the .npz that --sample writes [default: "
+                      "runs/DATASET; samples.npz beside the checkpoint]", group="run")
+    resume: bool = option(False, "go on from --out's checkpoint; --steps and --device may change")
+    overwrite: bool = option(False, "write into a directory, or an .npz, that is there")
+    checkpoint_every: int = option(None, "a checkpoint with the first row after as many steps", 1)
+    log_every: int = option(None, "steps between rows of log.csv", 1)
 
-    sample: str = option("sampling", None, "generate images from this checkpoint.pt instead of "
-                         "training", metavar="CHECKPOINT")
-    num_images: int = option("sampling", 50_000, "how many (Sec. 4.1)")
-    labels: tuple = option("sampling", None, "only these classes, in equal numbers", type=int)
-    sampler: str = option("sampling", "ddim", "50-step DDIM (Sec. G.1), 1000-step DDPM (Alg. C.1) "
-                          "or 15-step DPM-Solver++ (Tab. G.10: DPM-Solver)", choices=list(SAMPLERS))
-    sample_steps: int = option("sampling", None, "sampler steps [default: the above]")
-    guidance: float = option("sampling", 1.5, "classifier-free guidance w in eps_c + w (eps_c - "
-                             "eps_null), as in the authors' evaluation; 0 is off")
-    general_only: bool = option("sampling", False, "sample theta_g, without BA (Tab. 7)")
-    sample_batch: int = option("sampling", 250, "images at a time")
+    sample: str = option(None, "generate images from this checkpoint.pt", group="sampling")
+    num_images: int = option(50_000, "how many, in equal numbers of each class (Sec. 4.1)", 1)
+    labels: tuple = option(None, "only these classes, by number", type=int)
+    sampler: str = option("ddim", "DDIM, DDPM or DPM-Solver++ (Tab. G.10)", choices=list(SAMPLERS))
+    sample_steps: int = option(None, "sampler steps [default: ddim 50, ddpm 1000, dpm 15]", 1)
+    guidance: float = option(1.5, "w in eps_c + w (eps_c - eps_null); 0: off", 0)
+    general_only: bool = option(False, "sample theta_g, without BA (Tab. 7)")
+    sample_batch: int = option(250, "images at a time", 1)
 
     def __post_init__(self):  # argparse and JSON make lists
         for name, value in vars(self).items():
@@ -1550,42 +1370,32 @@ class Config:
     def resolved(self):
         """A copy with every preset-dependent field filled in. Raises ValueError on nonsense."""
         config = dataclasses.replace(self, preset=self.preset or DATASETS[self.dataset])
-        if config.warmup is None and config.preset == "small":
-            config.warmup = max(1, (config.steps or PRESETS["small"]["steps"]) // 60)  # as 5,000
-        if config.ir is None:  # of 300,000
-            config.ir = 1.0 if config.dataset == "folder" else 100.0
-        if config.flip is None:
-            config.flip = config.dataset not in ("fashion16", "fashion")
-        for name, value in PRESETS[config.preset].items():
+        preset = PRESETS[config.preset] | dict(
+            ir=1.0 if config.dataset == "folder" else 100.0, out=f"runs/{config.dataset}",
+            flip=config.dataset not in ("fashion16", "fashion"))
+        for name, value in preset.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
-        config.out = config.out or f"runs/{config.dataset}"
+        if config.warmup is None:
+            config.warmup = max(1, config.steps // 60)  # as 5,000 of 300,000
         config.check()
         return config
 
     def check(self):
         """Raises ValueError, one line, on a value that makes no sense."""
-        positive = ("steps image_size channels blocks batch_size log_every checkpoint_every "
-                    "num_images sample_batch ir n_max sample_steps")
-        weights = "lam w_con w_div resample warmup lr guidance"
-        below = {"dropout": 1, "ema": 1, "seed": 2**63, "subset_seed": 2**32, "resample": 11}
-        for name, value in vars(self).items():
-            if name in positive.split() and value is not None:
-                check(1 <= value < math.inf, name, value, "at least 1")
-            if name in weights.split():
-                check(0 <= value < math.inf, name, value, "at least 0")
-            if name in below:
-                check(0 <= value < below[name], name, value, f"at least 0 and below {below[name]}")
-        check(self.div_margin >= 0, "div_margin", self.div_margin, "at least 0")
-        check(0 <= self.label_drop <= 1, "label_drop", self.label_drop, "in [0, 1]")
-        check(0 < self.rank_ratio <= 1, "rank_ratio", self.rank_ratio, "in (0, 1]")
-        check(self.channels % (2 if self.channels < 128 else 32) == 0, "channels", self.channels,
-              "even, and from 128 on divisible by 32, GroupNorm's groups")
-        check(min(self.multipliers) >= 1, "multipliers", self.multipliers, "at least 1 a level")
+        for field in dataclasses.fields(self):
+            value, low, below = (getattr(self, field.name), *field.metadata["range"])
+            if low is not None and value is not None:
+                under = f" and below {below}" if below < math.inf else ""
+                ok = low <= value < below or value == math.inf and field.name == "div_margin"
+                check(ok, field.name, value, f"at least {low}{under}")
+        check(self.label_drop <= 1, "label_drop", self.label_drop, "in [0, 1]")
+        check(self.channels % 2 == 0, "channels", self.channels, "even")
+        check(not (self.resume and self.overwrite), "overwrite", True, "left away with --resume")
+        check(min(self.multipliers) >= 1, "multipliers", self.multipliers, "at least 1 each")
         stride = 2 ** (len(self.multipliers) - 1)
         check(self.image_size % stride == 0, "image_size", self.image_size,
               f"divisible by the network's stride, {stride}")
-        check(not (self.resume and self.overwrite), "resume", True, "given without --overwrite")
 
 
 def check(ok, name, value, expected):
@@ -1604,50 +1414,41 @@ def parse(argv):
     parser.error = fail
     sections = {}
     for field in dataclasses.fields(Config):
-        extra = dict(field.metadata)
-        title, text = extra.pop("group"), extra.pop("help")
-        if title not in sections:
-            sections[title] = parser.add_argument_group(title)
+        group, text, extra = (field.metadata[name] for name in ("group", "help", "extra"))
+        if group not in sections:
+            sections[group] = parser.add_argument_group(group)
         if field.name in PRESETS["paper"] and "[" not in text:
-            values = [f"{name} {spell(preset[field.name])}" for name, preset in PRESETS.items()]
+            values = [f"{name} {preset[field.name]}" for name, preset in PRESETS.items()]
             text += f" [default: {', '.join(values)}]"
         elif field.default is not None and field.type is not bool:
-            text += f" [default: {spell(field.default)}]"
+            text += f" [default: {field.default}]"
         if field.type is bool:
             both = field.default is None
-            extra["action"] = argparse.BooleanOptionalAction if both else "store_true"
+            extra = dict(action=argparse.BooleanOptionalAction if both else "store_true")
         else:
             extra = dict(type=field.type) | extra
             if field.type is tuple:
                 extra.setdefault("nargs", "+")
-            if "choices" not in extra:
-                extra.setdefault("metavar", {int: "N", float: "X", str: "S"}[extra["type"]])
         flag = "--" + field.name.replace("_", "-")
-        sections[title].add_argument(flag, default=argparse.SUPPRESS, help=text, **extra)
+        sections[group].add_argument(flag, default=argparse.SUPPRESS, help=text, **extra)
     typed = vars(parser.parse_args(argv))
     return Config(**typed), set(typed)
-
-
-def spell(value):
-    if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def check_used(config, typed):
     """Raises ValueError where an option was typed that the command ignores."""
     sampling = {f.name for f in dataclasses.fields(config) if f.metadata["group"] == "sampling"}
-    shared, sample = {"seed", "amp", "device", "out", "overwrite"}, config.sample is not None
-    ignored = typed - sampling - shared if sample else typed & sampling
+    ignored, where = typed & sampling, "without --sample"
+    if config.sample is not None:
+        shared = {"seed", "amp", "device", "out", "overwrite"}
+        ignored, where = typed - sampling - shared, "with --sample"
+    elif config.no_cm and not ignored:
+        of_cm = {"rank_ratio", "lam", "w_con", "w_div", "div_margin", "same_masks"}
+        ignored, where = typed & of_cm, "with --no-cm"
     for name in sorted(ignored):
-        raise ValueError(f"--{name.replace('_', '-')} has no meaning "
-                         f"{'with' if sample else 'without'} --sample")
-    of_cm = {"rank_ratio", "lam", "w_con", "w_div", "div_margin", "same_masks"}
-    for name in sorted(typed & of_cm if config.no_cm else ()):
-        raise ValueError(f"--{name.replace('_', '-')} has no meaning with --no-cm")
-    if sample and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
+    if config.sample is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--sample is one process's work; type python instead of torchrun")
-    check(config.out != "", "out", "empty", "a name")
 
 
 def fail(message):
@@ -1663,18 +1464,18 @@ def main(argv=None):
     config, typed = parse(argv)
     try:
         check_used(config, typed)
-        if config.sample is not None:
-            config.resolved()  # for its checks
-            generate(config)
+        resolved = config.resolved()
+        if config.sample is None:
+            train(resolved, typed)
         else:
-            train(config.resolved(), typed)
+            generate(config)
     except (ValueError, OSError) as e:
         fail(e)
     except FloatingPointError as e:
         sys.exit(f"cm.py: {e}")
     except KeyboardInterrupt:
-        print("cm.py: interrupted; what is written is whole, and with --resume training goes on "
-              "from its last checkpoint", file=sys.stderr)
+        print("cm.py: interrupted; with --resume training goes on from its last checkpoint",
+              file=sys.stderr)
         sys.exit(130)
 
 

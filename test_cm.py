@@ -4,7 +4,6 @@ import contextlib
 import copy
 import csv
 import functools
-import hashlib
 import html
 import io
 import itertools
@@ -75,9 +74,9 @@ def batch(n=6, num_classes=4, seed=1, dtype=torch.float32):
     return x0, torch.arange(n) % num_classes, torch.randint(1000, (n,), generator=g), eps
 
 
-def process(flags, *launcher, **environment):
+def process(flags, **environment):
     """Run cm.py on one thread in a process of its own, as a user would."""
-    return subprocess.run([sys.executable, *launcher, HERE / "cm.py", *flags.split()],
+    return subprocess.run([sys.executable, HERE / "cm.py", *flags.split()],
                           capture_output=True, text=True, env=ONE_THREAD | environment, timeout=300)
 
 
@@ -110,9 +109,6 @@ def test_class_counts_are_the_published_ones():
     assert (ten[0], ten[-1], sum(ten)) == (5000, 50, 12406)
     assert sum(cm.class_counts(500, 100, 100)) == 10847
     assert cm.class_counts(7, 1, 3) == [7, 7, 7] and cm.class_counts(9, 9, 2) == [9, 1]
-    for ir, classes, says in ((9, 1, "classes, not 1"), (0.9, 2, "is 0.9"), (math.nan, 2, "nan")):
-        with pytest.raises(ValueError, match=says):
-            cm.class_counts(9, ir, classes)
 
 
 def test_long_tail_indices_follow_the_published_procedure():
@@ -134,7 +130,7 @@ def test_long_tail_indices_follow_the_published_procedure():
     assert np.bincount(labels[cm.long_tail_indices(labels, 1, n_max=7)]).tolist() == [7] * 10
     uneven = np.repeat([0, 1, 2], [50, 30, 40])
     assert np.bincount(uneven[cm.long_tail_indices(uneven, 10)]).tolist() == [30, 9, 3]
-    with pytest.raises(ValueError, match="--n-max 35 asks for 31 images of class 1, which has 30"):
+    with pytest.raises(ValueError, match="--n-max is 35; .* class 1 has 30 images, not 31"):
         cm.long_tail_indices(uneven, 1.2, n_max=35)
 
 
@@ -148,23 +144,20 @@ def test_splits(num_classes, sizes):
     assert counts[ranked].tolist() == sorted(counts.tolist(), reverse=True)
 
 
-@pytest.fixture
-def fashion(tmp_path):
+def fashion_files(root):
     """Ten classes of 40 images, and of 4, in the files that torchvision's FashionMNIST reads."""
-    rng, raw = np.random.RandomState(0), tmp_path / "fashion" / "FashionMNIST" / "raw"
+    rng, raw = np.random.RandomState(0), root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for part, n in (("train", 40), ("t10k", 4)):
-        write_idx(raw / f"{part}-images-idx3-ubyte", rng.randint(0, 256, (10 * n, 28, 28)))
-        write_idx(raw / f"{part}-labels-idx1-ubyte", np.tile(np.arange(10), n))
-    return tmp_path / "fashion"
+        pixels, labels = rng.randint(0, 256, (10 * n, 28, 28)), np.tile(np.arange(10), n)
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            head = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.astype(np.uint8).tobytes())
+    return root
 
 
-def write_idx(path, array):
-    head = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    path.write_bytes(head + array.astype(np.uint8).tobytes())
-
-
-def test_fashion_is_read_padded_and_pooled(fashion):
+def test_fashion_is_read_padded_and_pooled(tmp_path):
+    fashion = fashion_files(tmp_path)
     full, labels, names = cm.load_dataset("fashion", fashion, 32)
     expected = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (400, 28, 28)))
     expected = F.pad(expected, (2, 2, 2, 2))
@@ -176,19 +169,16 @@ def test_fashion_is_read_padded_and_pooled(fashion):
         smaller = cm.load_dataset("fashion", fashion, size)[0]
         assert smaller.shape == (400, size, size, 1) and smaller.dtype == np.uint8
         assert abs(smaller[..., 0] - pooled).max() <= 0.5
-    (fashion / "train-images-idx3-ubyte.gz").touch()  # what it was unpacked from
     assert len(cm.load_dataset("fashion", fashion, 32, train=False)[0]) == 40
 
 
-def test_fashion16_lies_beside_cm_and_is_averaged_to_8(tmp_path, monkeypatch):
+def test_fashion16_lies_beside_cm(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for train, n in ((True, 1000), (False, 200)):
         images, labels, names = cm.load_dataset("fashion16", None, 16, train)
         assert images.dtype == np.uint8 and images.shape == (10 * n, 16, 16, 1)
         assert labels.dtype == np.int64 and labels.tolist() == np.repeat(range(10), n).tolist()
         assert names == torchvision.datasets.FashionMNIST.classes
-        blocks = images.reshape(10 * n, 8, 2, 8, 2, 1).mean((2, 4))
-        assert abs(cm.load_dataset("fashion16", None, 8, train)[0] - blocks).max() <= 0.5
     assert not list(tmp_path.iterdir())
 
 
@@ -203,10 +193,8 @@ def test_cifar_is_read_from_files_in_its_own_format(tmp_path, monkeypatch, name,
     folder.mkdir()
     for path, value in content.items():
         (folder / path).write_bytes(pickle.dumps(value))
-    md5 = {path: hashlib.md5((folder / path).read_bytes()).hexdigest() for path in content}
-    monkeypatch.setattr(cls, "train_list", [[file, md5[file]]])
-    monkeypatch.setattr(cls, "test_list", [])
-    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": md5[cls.meta["filename"]]})
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
+    monkeypatch.setattr(cls, "train_list", [[file, None]])
     images, labels, names = cm.load_dataset(name, tmp_path, 32)
     assert images.shape == (2 * classes, 32, 32, 3) and labels.tolist() == [*range(classes)] * 2
     assert (images[3].transpose(2, 0, 1).reshape(-1) == data[3]).all() and names[1] == "c1"
@@ -232,47 +220,17 @@ def folder_data(tree):
     return cm.Data(config(dataset="folder", data=str(tree), preset="small"))
 
 
-def test_folder_is_decoded_once_and_keeps_its_counts(tmp_path, monkeypatch, capsys):
+def test_folder_keeps_its_counts_and_its_held_out_images_apart(tmp_path):
     tree = make_tree(tmp_path / "tree", {"ant": 3, "bee": 9, "cat": 1}, (20, 12))
     make_tree(tree / "val", {"bee": 2})
     data = folder_data(tree)
     assert data.counts.tolist() == [3, 9, 1] and data.names == ["ant", "bee", "cat"]
     assert data.images.shape == (13, 3, 8, 8)
     assert data.held_out_labels.tolist() == [1, 1] and data.held_out_name == "held-out"
-    with monkeypatch.context() as patch:
-        patch.setattr(cm, "read_image", lambda f: pytest.fail("decoded twice"))
-        assert (folder_data(tree).images == data.images).all()
-    # a changed file is seen, and the cache of what it was is gone
-    (tree / "cat" / "0.png").write_bytes((tree / "ant" / "0.png").read_bytes())
-    assert (folder_data(tree).images[12] == data.images[0]).all()
-    caches = sorted(tree.glob(".cm-*"))
-    assert [c.name[:9] for c in caches] == [".cm-all-8", ".cm-val-8"]
-    whole = caches[0].read_bytes()
-    for damaged in (whole[:-1], whole[:50], b""):
-        caches[0].write_bytes(damaged)
-        assert (folder_data(tree).images[12] == data.images[0]).all()
-        assert caches[0].read_bytes() == whole
-    # pixels of an older decoder aren't used
-    monkeypatch.setattr(cm, "DECODER", cm.DECODER + 1)
-    caches[0].write_bytes(whole[:-192] + bytes(192))
-    assert (folder_data(tree).images[12] == data.images[0]).all() and not caches[0].exists()
-    # one that can't be written costs no run
-    monkeypatch.setattr(np, "save", lambda *args: os.open(tmp_path / "no" / "disk", os.O_RDONLY))
-    monkeypatch.setattr(cm, "DECODER", cm.DECODER + 1)
-    assert (folder_data(tree).images[12] == data.images[0]).all()
-    assert "the images will be decoded again next time" in capsys.readouterr().err
-
-
-def test_folder_whose_classes_exchange_their_names_gives_their_new_labels(tmp_path):
-    for name, value in (("day", 250), ("night", 5)):
-        file = save_image(tmp_path / name / "0.bmp", np.full((8, 8, 3), value, np.uint8))
-        os.utime(file, ns=(10**18, 10**18))  # as `cp -p` or an archive leave it
-    read = lambda: [x.mean() for x in cm.load_dataset("folder", tmp_path, 8)[0]]
-    assert read() == [250, 5]
-    (tmp_path / "day").rename(tmp_path / "dusk")
-    (tmp_path / "night").rename(tmp_path / "day")
-    (tmp_path / "dusk").rename(tmp_path / "night")
-    assert read() == [5, 250]
+    # the shorter side is resized, then the centre cropped
+    file = tree / "cat" / "0.png"
+    small = Image.open(file).resize((13, 8), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    assert (data.images[12].permute(1, 2, 0).numpy() == np.asarray(small)[:, 2:10]).all()
 
 
 def test_read_image_keeps_levels_and_obeys_orientation(tmp_path):
@@ -324,10 +282,8 @@ def test_folder_lists_what_a_person_sees(tmp_path, capsys):
     ("train/a train/b val/a test/a", ["a", "b"]),
     ("a b test", "holds test:"),
     ("a b Val", "holds Val:"),
-    ("Train/a Train/b val/a", "holds Train:"),
     ("training validation", "holds training, validation:"),
     ("train/a train/b validation/a", "holds validation:"),
-    ("train/a train/b test/a", "holds test:"),
     ("train/a train/b c val/a", "holds c:")])
 def test_folder_takes_no_part_of_a_set_for_a_class(tmp_path, folders, says):
     for folder in folders.split():
@@ -350,9 +306,9 @@ def test_folder_names_at_most_five_of_the_files_that_cannot_be_read(tmp_path):
         assert str(refused.value).endswith("(of 8)") == (count == 8)
 
 
-def test_data_is_the_long_tailed_set_sorted_by_class(tmp_path, fashion):
-    mixed = dict(dataset="fashion", data=str(fashion))  # its classes take turns
-    for c in (config(ir=20, n_max=60, subset_seed=7), config(ir=1), config(ir=10, **mixed)):
+def test_data_is_the_long_tailed_set_sorted_by_class(tmp_path):
+    mixed = config(ir=10, dataset="fashion", data=str(fashion_files(tmp_path / "fashion")))
+    for c in (config(ir=20, n_max=60, subset_seed=7), config(ir=1), mixed):
         images, labels, names = cm.load_dataset(c.dataset, c.data, 8)
         data, chosen = cm.Data(c), cm.long_tail_indices(labels, c.ir, c.subset_seed, c.n_max)
         chosen = np.concatenate([[i for i in chosen if labels[i] == k] for k in range(10)])
@@ -367,8 +323,6 @@ def test_data_is_the_long_tailed_set_sorted_by_class(tmp_path, fashion):
     assert alone.held_out_name == "TRAINING images" and alone.labels.tolist() == [0, 0, 0, 1, 1]
     assert alone.names == ["a", "b"] and torch.equal(alone.held_out, alone.images)
     assert torch.equal(alone.held_out_labels, alone.labels)
-    first = np.asarray(Image.open(tmp_path / "tree/train/a/0.png"))
-    assert (alone.images[0].permute(1, 2, 0).numpy() == first).all()
 
 
 def test_the_first_images_of_a_class_begin_again_where_there_are_few():
@@ -516,8 +470,6 @@ def test_network_against_a_plain_writing(height, width):
     with torch.no_grad():
         ours = unet_by_hand(w, x, t, y)
         assert ours.std() > 0.1 and torch.allclose(unet(x, t, y), ours, atol=1e-4)
-    with pytest.raises(ValueError, match=f"images of {height}x{width - 1} .* stride, 2"):
-        unet(x[..., 1:], t, y)
 
 
 def test_network_starts_near_zero_with_xavier_weights():
@@ -657,7 +609,7 @@ def test_general_only_nests_overlaps_and_ends_on_an_exception():
     assert torch.allclose(layer.weight.double(), expected, atol=1e-6)
 
 
-def test_reserve_capacity_in_any_module_in_three_lines():
+def test_reserve_capacity_in_any_module():
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 16),
@@ -665,13 +617,10 @@ def test_reserve_capacity_in_any_module_in_three_lines():
         nn.Conv2d(5, 10, (1, 3), padding=(0, 1), padding_mode="circular", groups=5))
     x = torch.randn(3, 5, 16)
     before = net.eval()(x)
-    # the README's three lines, on a network that isn't ours
     cm.reserve_capacity(net, rank_ratio=0.5)
     with cm.general_only(net):
         general = net(x)
-    merged = cm.merge(net)
     assert torch.allclose(before, general, atol=1e-6)
-    assert torch.allclose(merged(x), before, atol=1e-6)
     for m in cm.reserved_layers(net):
         m.B.data.normal_()
         m.__class__ = type("FSDPLowRankReserved", (cm.LowRankReserved,), {})  # as FSDP2 makes it
@@ -690,16 +639,8 @@ def test_reserve_capacity_in_any_module_in_three_lines():
     assert not merged.weight.requires_grad and merged.bias.requires_grad
 
 
-class Transposed(nn.Module):
-    """A layer like transformers' Conv1D, whose weight is [in, out]."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4, 8))
-
-
 class Listed(nn.Module):
-    """The same layer in a ModuleList, and in a plain list, through which it is called."""
+    """Layers in a ModuleList, and the same in a plain list, through which it is called."""
 
     def __init__(self):
         super().__init__()
@@ -714,17 +655,16 @@ def tied():
 
 
 @pytest.mark.parametrize("net, ratio, says", [
-    (lambda: nn.Linear(4, 4), 0, "outside"), (lambda: nn.Linear(4, 4), -1, "outside"),
-    (lambda: nn.Linear(4, 4), 1.1, "outside"),
+    (lambda: nn.Linear(4, 4), 0, "--rank-ratio is 0"),
+    (lambda: nn.Linear(4, 4), 1.1, r"--rank-ratio is 1.1; it must be in \(0, 1\]"),
     (lambda: cm.reserve_capacity(nn.Linear(4, 4), 0.5), 0.5, "already; merge it first"),
-    (lambda: nn.Linear(4, 4), 1.0, "weights here are Linear$"),  # no rank below the full one
+    (lambda: nn.Linear(4, 4), 1.0, "but Linear$"),  # no rank below the full one
     (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.LayerNorm(4), nn.ReLU()), 0.5,
-     "weights here are ConvTranspose2d, LayerNorm$"),
-    (Transposed, 0.5, "weights here are Transposed$"), (nn.ReLU, 0.5, "weights here are none$"),
-    (tied, 0.5, r"tied.*leave it out by `where`"),
+     "but ConvTranspose2d, LayerNorm$"),
+    (nn.ReLU, 0.5, "but $"), (tied, 0.5, r"tied.*leave it out by `where`"),
     (Listed, 0.5, r"a plain list holds Linear\(.*use nn.ModuleList"),
-    (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), 0.5, "plain layers only"),
-    (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), 0.5, "plain layers only")])
+    (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), 0.5, "no weight of its own"),
+    (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), 0.5, "no weight of its own")])
 def test_what_capacity_cannot_be_reserved_in_is_named(net, ratio, says):
     net = net()
     before = [type(m) for m in net.modules()]
@@ -772,7 +712,8 @@ def test_gradient_checkpointing_is_exact_with_a_context_fn_and_wrong_without():
         gradients(plain, plain)
 
 
-def small_ba_survives_autocast(device):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu, id="gpu")])
+def test_small_ba_survives_autocast(device):
     """1 + BA with |BA| below bfloat16's step at 1: the weight in force must still hold it."""
     layer = cm.reserve_capacity(nn.Linear(32, 32, bias=False), 0.1).to(device)
     layer.layer.weight.data.fill_(1.0)
@@ -782,10 +723,6 @@ def small_ba_survives_autocast(device):
     with torch.autocast(device, torch.bfloat16):
         weight = layer.weight
     assert torch.allclose(weight.double() - 1, expected, rtol=0, atol=2e-7)
-
-
-def test_small_ba_survives_autocast():
-    small_ba_survives_autocast("cpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -865,17 +802,17 @@ def test_noise_is_added_to_data_of_any_shape_and_keeps_their_type(shape):
     assert cm.squared_distance(x0, eps).shape == (3,)
 
 
-@pytest.mark.parametrize("num_classes, n_max, ir, no_minimum", [
-    (100, 500, 256, True), (100, 500, 102, True), (100, 500, 100, False), (10, 5000, 100, False),
-    (10, 5000, 600, True)])
-def test_classes_without_a_minimum_are_computed_from_the_counts(num_classes, n_max, ir, no_minimum):
-    counts = torch.tensor(cm.class_counts(n_max, ir, num_classes))
-    found = cm.concave_classes(counts, config())
-    rarest = counts.min().item()
-    q = (1 / rarest) / sum(1 / n for n in counts.tolist())
-    w = num_classes * (rarest / counts.sum().item() - 0.2 * q)
-    assert bool(found) == no_minimum == (1 + w <= 0) and (not found or num_classes - 1 in found)
-    assert cm.concave_classes(counts, config(no_cm=True)) == []
+@pytest.mark.parametrize("num_classes, n_max, ir, how, named", [
+    (100, 500, 101, {}, "99"), (100, 500, 100, {}, None), (10, 5000, 100, {}, None),
+    (10, 5000, 100, dict(w_div=1.0, div_margin=math.inf), "7, 8, 9"),
+    (10, 5000, 100, dict(lam=2.0), "9")])
+def test_a_run_names_the_classes_without_a_minimum(
+        tmp_path, capsys, num_classes, n_max, ir, how, named):
+    data = types.SimpleNamespace(names=[str(k) for k in range(num_classes)], images=torch.zeros(1),
+                                 counts=torch.tensor(cm.class_counts(n_max, ir, num_classes)))
+    cm.begin(config(**how), tmp_path, data, nn.Identity(), [])
+    noted = re.search("note: 1 \\+ λw <= 0 for (.*): there", capsys.readouterr().out)
+    assert (noted and noted[1]) == named
 
 
 @pytest.mark.parametrize("terms", [{}, {"w_con": 0.0}, {"w_div": 0.0}])
@@ -1003,20 +940,13 @@ def eps_function(x, t, y):
 def test_samplers_against_diffusers(sampler, steps):
     diffusers = pytest.importorskip("diffusers")
     kind, how = {
-        "ddim": (diffusers.DDIMScheduler, dict(
-            clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading",
-            rescale_betas_zero_snr=False)),
-        "ddpm": (diffusers.DDPMScheduler, dict(
-            variance_type="fixed_large", clip_sample=False, timestep_spacing="leading",
-            rescale_betas_zero_snr=False)),
+        "ddim": (diffusers.DDIMScheduler, dict(clip_sample=False, timestep_spacing="leading")),
+        "ddpm": (diffusers.DDPMScheduler, dict(clip_sample=False, timestep_spacing="leading",
+                                               variance_type="fixed_large")),
         "dpm": (diffusers.DPMSolverMultistepScheduler, dict(
-            solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint",
-            lower_order_final=True, euler_at_final=False, final_sigmas_type="zero",
-            timestep_spacing="linspace", use_karras_sigmas=False, variance_type=None,
-            lambda_min_clipped=-float("inf")))}[sampler]
+            solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint"))}[sampler]
     scheduler = kind(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02,
-                     beta_schedule="linear", prediction_type="epsilon", steps_offset=0,
-                     thresholding=False, **how)
+                     beta_schedule="linear", prediction_type="epsilon", **how)
     y, shape = torch.tensor([0, 1, 2]), (2, 4, 4)
     generators = [torch.Generator().manual_seed(s) for s in (5, 6, 7)]
     x = torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -1041,19 +971,6 @@ def test_ddim_and_ddpm_grids_of_any_length_start_at_the_top_and_end_at_0(steps):
         sampler(lambda x, t, seen=seen: seen.append(t) or x, none, alpha_bar, steps, *noise)
         assert len(set(seen)) == len(seen) == steps and seen == sorted(seen, reverse=True)
         assert seen[-1] == 0 and 1000 - seen[0] <= math.ceil(1000 / steps)
-
-
-def test_guidance_is_a_linear_extrapolation_from_the_null_label():
-    y, how = torch.tensor([0, 1]), dict(sampler="ddim", steps=5, seeds=(0, 1))
-
-    def by_hand(x, t, k):
-        null = torch.full_like(k, -1)
-        return 2.5 * eps_function(x, t, k) - 1.5 * eps_function(x, t, null)
-
-    guided = cm.sample(eps_function, y, (1, 4, 4), guidance=1.5, **how)
-    assert torch.allclose(guided, cm.sample(by_hand, y, (1, 4, 4), **how), atol=1e-5)
-    with pytest.raises(ValueError, match="choose ddim, ddpm, dpm"):
-        cm.sample(eps_function, y, (1, 4, 4), "euler")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1148,7 +1065,6 @@ def assert_trained_as(out, c, replayed):
     parameters, ema, first, second, rows, _ = replayed
     state = load(out)
     assert state["step"] == c.steps
-    assert not state["sums"].any()  # their row is written, the next begins at 0
     for i, (name, _) in enumerate(cm.make_unet(c, 10, 1).named_parameters()):
         adam = state["optimizer"]["state"][i]
         assert int(adam["step"]) == c.steps
@@ -1175,25 +1091,9 @@ def run(flags, **how):
     cm.train(c.resolved(), typed, **how)
 
 
-@contextlib.contextmanager
-def stopped_at(step):
-    """Inside, training ends as by Ctrl-C when it draws the batch of `step`."""
-    draw = cm.draw_batch
-
-    def draw_or_stop(data, c, size, now, rank=0):
-        if now == step:
-            raise KeyboardInterrupt
-        return draw(data, c, size, now, rank)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cm, "draw_batch", draw_or_stop)
-        yield
-
-
-@pytest.mark.parametrize("flags, stopped", [
-    (WITH_CM, False), (f"{WITH_CM} --checkpoint-every 2", True), (f"{WITH_CM} --same-masks", False),
-    (WITHOUT, False)], ids=["CM", "stopped and resumed", "same masks", "plain, unconditional"])
-def test_replay_equals_the_checkpoint_and_the_log(tmp_path, no_pictures, flags, stopped):
+@pytest.mark.parametrize("flags", [WITH_CM, f"{WITH_CM} --same-masks", WITHOUT],
+                         ids=["CM", "same masks", "plain, unconditional"])
+def test_replay_equals_the_checkpoint_and_the_log(tmp_path, no_pictures, flags):
     flags = f"{flags} --out {tmp_path}"
     c = cm.parse(flags.split())[0].resolved()
     replayed = replay(c)
@@ -1201,12 +1101,6 @@ def test_replay_equals_the_checkpoint_and_the_log(tmp_path, no_pictures, flags, 
     assert min(norms) < 0.9 and max(norms) > 1.1  # the clip acts on some steps
     if not c.no_cm and not c.same_masks:
         assert rows[0]["d_Few"] < c.div_margin < rows[1]["d_Few"] and rows[1]["d_Many"] > 1e-4
-    if stopped:  # after step 4, in the middle of an interval of the log
-        with stopped_at(5):
-            done = command(flags)
-        assert done.returncode == 130 and "with --resume training goes on" in done.stderr
-        assert load(tmp_path)["step"] == 4 and not (tmp_path / "merged.pt").exists()
-        flags = f"--resume --out {tmp_path}"
     assert command(flags).returncode == 0
     assert_trained_as(tmp_path, c, replayed)
     ema = load(tmp_path)["ema"]
@@ -1259,41 +1153,28 @@ def test_what_is_not_finite_is_named_with_its_interval_and_the_last_good_checkpo
     for values, says in (((one, bad, ones, ones, one), "the loss of c is"),
                          ((one, ones, 1 / (bad - 1), ones, one), "the loss of b, c is"),
                          ((one, ones, ones, bad, one), "the loss of c is"),
-                         ((inf, ones, ones, ones, one), "the gradient is"),
-                         ((one, ones, ones, ones, inf), "the gradient is")):
+                         ((inf, ones, ones, ones, one), "the gradient is")):
         sums = torch.zeros(5, 4, dtype=torch.float64)
-        cm.add_up(sums, y, one, ones, ones, ones, one)
-        cm.add_up(sums, y, *values)
+        for loss, base, loss_cm, d, norm in ((one, ones, ones, ones, one), values):
+            sums.index_add_(0, y, torch.stack([base, loss_cm, d, ones], 1).double())
+            sums[-1] += torch.stack([loss, norm, one, one])
         with pytest.raises(FloatingPointError) as raised:
             cm.row_of(sums, 9, 0.1, list("abcd"), [4, 9, 2, 1], tmp_path)
         assert str(raised.value) == (f"{says} not finite between steps 7 and 9; the last good "
                                      f"checkpoint is {tmp_path}/checkpoint.pt")
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, no_pictures):
-    calls, flags = [], f"{REPLAY} --steps 8 --log-every 4 --checkpoint-every 3 --out"
-
-    def at_the_fourth(gradient):
-        calls.append(1)
-        return gradient * (math.inf if len(calls) == 4 else 1)
-
-    def broken(*args):
-        unet = cm.make_unet(*args)
-        unet.time_embedding[0].bias.register_hook(at_the_fourth)
-        return unet
-
-    with pytest.raises(FloatingPointError, match="gradient is not finite between steps 0 and 4"):
-        run(f"{flags} {tmp_path / 'bad'}", network=broken)
-    assert load(tmp_path / "bad")["step"] == 3 and not (tmp_path / "bad/log.csv").exists()
-    run(f"--resume --out {tmp_path / 'bad'}")
-    run(f"{flags} {tmp_path / 'good'}")
-    assert same_run(tmp_path / "bad", tmp_path / "good")
-
-
-def test_a_loss_that_is_not_finite_ends_the_command_in_a_line(tmp_path, no_pictures):
-    done = command(f"{REPLAY} --lr 1e30 --warmup 0 --out {tmp_path}")
-    assert re.fullmatch("cm.py: the loss of .*Sandal.* between steps 0 and 3; the last good "
-                        f"checkpoint is {tmp_path}/checkpoint.pt", done.returncode)
+@pytest.mark.parametrize("flags, factor, says", [
+    ("--lr 1e30 --checkpoint-every 3", 1, "the loss of .*Sandal.* between steps 0 and 3"),
+    ("--log-every 1", math.inf, "the gradient is not finite between steps 0 and 1")])
+def test_a_step_that_is_not_finite_ends_the_command_in_a_line(
+        tmp_path, no_pictures, monkeypatch, flags, factor, says):
+    update = cm.update
+    monkeypatch.setattr(cm, "update", lambda loss, *rest: update(factor * loss, *rest))
+    done = command(f"{REPLAY} --warmup 0 {flags} --out {tmp_path}")
+    good = f"the last good checkpoint is {tmp_path}/checkpoint.pt"
+    assert re.fullmatch(f"cm.py: {says}; {good}", done.returncode)
+    assert load(tmp_path)["step"] == 0 and not (tmp_path / "log.csv").exists()
 
 
 def test_float16s_scale_changes_nothing_and_comes_back_on_resume(tmp_path, monkeypatch):
@@ -1314,10 +1195,6 @@ def test_float16s_scale_changes_nothing_and_comes_back_on_resume(tmp_path, monke
     skipped = load(tmp_path)
     assert all(torch.equal(v, skipped["model"][k]) for k, v in state["model"].items())
     assert skipped["scaler"]["scale"] == 512 and float(log(tmp_path)[-1]["grad_norm"]) == 0
-    monkeypatch.setattr(cm, "update", update)
-    run(f"--out {tmp_path} --resume --steps 7")
-    scaler = load(tmp_path)["scaler"]
-    assert scaler["scale"] == 512 and scaler["_growth_tracker"] == 1
 
 
 @pytest.mark.parametrize("base", ["oc", "ddpm", "cbdm", "focal"])
@@ -1350,8 +1227,8 @@ def test_a_variation_is_a_subclass_and_a_network_of_its_own(tmp_path, no_picture
     run(f"--steps 4 {TINY_FLAGS} --out {tmp_path}", losses=Doubled, network=narrow)
     row, path = {name: float(v) for name, v in log(tmp_path)[0].items()}, tmp_path / "checkpoint.pt"
     assert row["loss"] == pytest.approx(2 * (row["base"] + row["cm"]), rel=1e-4)
-    with pytest.raises(ValueError, match="checkpoint.pt holds another network than its conf"):
-        cm.load_trained(path)
+    for other in (f"--sample {path}", f"--out {tmp_path} --resume --steps 5"):
+        assert "holds another network than its conf" in command(other).stderr
     cm.generate(cm.parse(f"--sample {path} --num-images 2".split())[0], network=narrow)
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (2, 8, 8, 1)
 
@@ -1384,7 +1261,7 @@ def test_a_run_leaves_its_table_and_files(finished):
     merged = torch.load(out / "merged.pt", weights_only=True)
     size = sum(v.numel() for v in merged.values()) / 1e6
     assert text.startswith(f"fashion16: {sum(stored['counts'])} images, 10 classes; {size:.2f} M "
-                           f"parameters; cpu; {out}/\n") and "for a GPU" not in text
+                           f"parameters; cpu; {out}/\n")
     assert stored["counts"] == cm.class_counts(1000, 100, 10)
     assert stored["classes"] == torchvision.datasets.FashionMNIST.classes
     assert stored["options"]["channels"] == 8 and stored["options"]["flip"] is False
@@ -1449,7 +1326,7 @@ def test_killed_and_resumed_ends_bit_for_bit_where_the_uninterrupted_run_ends(
     assert second.returncode == 2 and f"another run is at work in {out}" in second.stderr
     running.send_signal(number)
     _, err = running.communicate(timeout=60)
-    assert 5 <= load(out)["step"] < 40 and load(out)["step"] % 5 == 0, "it was over before"
+    assert 8 <= load(out)["step"] < 40 and load(out)["step"] % 4 == 0, "it was over before"
     if number == signal.SIGINT:
         assert running.returncode == 130 and "Traceback" not in err
         assert re.search("cm.py: interrupted; .* with --resume training goes on .*\n$", err)
@@ -1466,10 +1343,9 @@ def test_killed_at_each_write_in_turn_a_run_ends_where_the_uninterrupted_run_end
     class Killed(BaseException):
         pass
 
-    out, flags, replace, tries = tmp_path / "cut", f"{REPLAY} --checkpoint-every 2", os.replace, 0
+    out, replace, tries = tmp_path / "cut", os.replace, 0
+    flags = f"{REPLAY} --log-every 1 --checkpoint-every 2"
     run(f"{flags} --out {tmp_path / 'whole'}")
-    out.mkdir()
-    (out / ".checkpoint.123.tmp.pt").write_bytes(b"what a killed run left of a checkpoint")
     for last in range(1, 40):
         written = []
 
@@ -1494,44 +1370,37 @@ def test_killed_at_each_write_in_turn_a_run_ends_where_the_uninterrupted_run_end
 
 
 def test_longer_steps_on_resume_equals_the_longer_run_with_its_first_warmup(tmp_path, no_pictures):
+    """Also with moments as a GPU saves them: the CPU's fused Adam walks them as the weights lie."""
     flags = f"{TINY_FLAGS} --warmup 7 --out"
     run(f"--steps 12 {flags} {tmp_path / 'a'}")
     (tmp_path / "a" / "config.json").unlink()  # for people: a run goes on without it
+    state = load(tmp_path / "a")
+    for moments in state["optimizer"]["state"].values():
+        moments.update({name: v.contiguous() for name, v in moments.items()})
+    torch.save(state, tmp_path / "a" / "checkpoint.pt")
     run(f"--steps 20 --resume {flags} {tmp_path / 'a'}")
     run(f"--steps 20 {flags} {tmp_path / 'b'}")
     assert same_run(tmp_path / "a", tmp_path / "b")
     options = json.loads((tmp_path / "a" / "config.json").read_text())["options"]
     assert options["warmup"] == 7 and options["steps"] == 20
-    with stopped_at(21), pytest.raises(KeyboardInterrupt):
-        run(f"--resume --steps 22 --out {tmp_path / 'a'}")
-    run(f"--resume --out {tmp_path / 'a'}")  # to step 22: the checkpoint knows
-    assert load(tmp_path / "a")["step"] == 22
+    assert load(tmp_path / "a")["config"]["steps"] == 20
 
 
-def test_resuming_with_moments_in_another_layout_changes_nothing(finished, tmp_path, no_pictures):
-    """A GPU saves Adam's moments contiguous; the CPU's fused Adam walks them as the weights lie."""
-    for change in (False, True):
-        shutil.copytree(finished[0], out := tmp_path / f"run{change}")
-        state = load(out)
-        moments = state["optimizer"]["state"].values()
-        assert any(not v.is_contiguous() for s in moments for v in s.values())
-        for s in moments:
-            s.update({k: v.contiguous() if change else v for k, v in s.items()})
-        torch.save(state, out / "checkpoint.pt")
-        run(f"--out {out} --resume --steps 42")
-    assert same_run(tmp_path / "runFalse", tmp_path / "runTrue")
-
-
-def test_overwrite_leaves_nothing_of_the_run_before(finished, tmp_path):
-    out = tmp_path / "run"
+def test_overwrite_leaves_nothing_of_the_run_before(finished, tmp_path, monkeypatch):
+    out, draw = tmp_path / "run", cm.draw_batch
     shutil.copytree(finished[0], out)
-    forever = "--device cpu --steps 1000000000 --preset paper --log-every 3 --checkpoint-every 4"
-    with stopped_at(5):
-        done = command(f"{REPLAY} {forever} --overwrite --out {out}")
-    assert done.returncode == 130 and "for a GPU; --preset small" in done.stdout
+
+    def draw_or_stop(data, c, size, step, rank):  # as by Ctrl-C
+        if step == 5:
+            raise KeyboardInterrupt
+        return draw(data, c, size, step, rank)
+
+    monkeypatch.setattr(cm, "draw_batch", draw_or_stop)
+    forever = "--device cpu --steps 1000000000 --preset paper --log-every 2 --checkpoint-every 3"
+    assert command(f"{REPLAY} {forever} --overwrite --out {out}").returncode == 130
     assert {p.name for p in out.iterdir()} == {"config.json", "log.csv", "checkpoint.pt"}
     state = load(out)
-    assert state["step"] == 4 and [row["step"] for row in log(out)] == ["3"]
+    assert state["step"] == 4 and [row["step"] for row in log(out)] == ["2", "4"]
     assert state["names"] == torchvision.datasets.FashionMNIST.classes
     assert state["counts"] == cm.class_counts(1000, 100, 10)
 
@@ -1545,7 +1414,7 @@ def test_resume_on_changed_data_is_refused(tmp_path, no_pictures):
     for change in (lambda: (tree / "a").rename(tree / "z"), (tree / "c" / "0.png").unlink):
         change()
         done = command(f"--out {out} --resume --steps 7")
-        assert done.returncode == 2 and "trained on other classes, or counts of" in done.stderr
+        assert done.returncode == 2 and "trained on other classes, or other counts" in done.stderr
         assert snapshot(out) == before
         if (tree / "z").exists():
             (tree / "z").rename(tree / "a")
@@ -1576,10 +1445,6 @@ def test_odd_class_names_and_terminals_cost_no_run(tmp_path):
     assert re.search(r"^3 price_\$10_to_\$20 +2 ", done.stdout, re.M)
     assert re.search(r"^2 caf\\xe9 +5 ", done.stdout, re.M) and "loss ?_g" in done.stdout
     assert (tmp_path / "r/samples.png").exists() and (tmp_path / "r/curves.png").exists()
-    sampled = process(f"--sample {tmp_path / 'r/checkpoint.pt'} --num-images 4 --sample-steps 2",
-                      PYTHONIOENCODING="cp1252")
-    assert sampled.returncode == 0, sampled.stderr
-    assert (tmp_path / "r/samples.npz").exists() and (tmp_path / "r/samples.png").exists()
 
 
 def test_class_names_stand_in_the_pictures_as_they_are(tmp_path):
@@ -1613,7 +1478,7 @@ def test_samples_are_of_theta_and_theta_g_beside_real_images(finished, tmp_path,
     for grid, images in zip(grids, panels, strict=True):
         for i, image in enumerate(images):
             row, column = 8 * (i // 3), 8 * (i % 3)
-            assert (grid[row:row + 8, column:column + 8] == image[0].numpy()).all()
+            assert (grid[row:row + 8, column:column + 8] == image[0, ..., None].numpy()).all()
 
 
 def test_many_classes_two_classes_unconditional_and_plain(tmp_path):
@@ -1658,12 +1523,16 @@ def checkpoints(tmp_path_factory):
 
 
 def by_hand(checkpoint, labels, sampler="ddim", steps=50, guidance=1.5, seed=0, general=False):
-    """uint8 [N, H, W, C] of a direct call."""
+    """uint8 [N, H, W, C] of a direct call, guided by hand."""
     _, unet, _ = cm.load_trained(checkpoint)
     with cm.general_only(unet) if general else contextlib.nullcontext():
         unet = cm.merge(unet)
+
+    def guided(x, t, y):
+        return (1 + guidance) * unet(x, t, y) - guidance * unet(x, t, torch.full_like(y, -1))
+
     seeds = [cm.hashed_seed("image", seed, i) for i in range(len(labels))]
-    x = cm.sample(unet, torch.tensor(labels), (1, 8, 8), sampler, steps, guidance, seeds)
+    x = cm.sample(guided, torch.tensor(labels), (1, 8, 8), sampler, steps, 0.0, seeds)
     return ((x + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
 
 
@@ -1671,7 +1540,6 @@ def by_hand(checkpoint, labels, sampler="ddim", steps=50, guidance=1.5, seed=0, 
     ("", {}),
     ("--num-images 12", dict(labels=[*range(10), 0, 1])),
     ("--labels 7 2", dict(labels=[7, 2, 7, 2, 7, 2])),
-    ("--labels 0", dict(labels=[0] * 6)),
     ("--sampler ddpm --sample-steps 3", dict(sampler="ddpm", steps=3)),
     ("--sampler dpm", dict(sampler="dpm", steps=15)),
     ("--sample-steps 5", dict(steps=5)),
@@ -1713,7 +1581,7 @@ def test_sample_of_an_unconditional_plain_network(checkpoints, tmp_path):
     got, file = np.load(file), tmp_path / "none.npz"
     assert "arr_1" not in got and got["guidance"] == 0
     assert abs(got["arr_0"] - by_hand(checkpoints["plain"], [-1] * 6, guidance=0.0)).max() <= 1
-    for extra, says in (("--labels 1", "without labels"), ("--general-only", "no theta_g")):
+    for extra, says in (("--labels 1", "--label-drop 1"), ("--general-only", "no theta_g")):
         done = command(f"{flags} --out {file} {extra}")
         assert done.returncode == 2 and says in done.stderr and not file.exists()
 
@@ -1750,92 +1618,57 @@ def snapshot(root):
 
 
 BAD = {  # arguments: what the line must say; {d} is what `bad` makes, {r} a checkpoint there
-    "--dataset mnist": "invalid choice: 'mnist'",
-    "--stepz 3": "unrecognized arguments: --stepz",
     "--steps 0": "--steps is 0; it must be at least 1",
-    "--n-max 1001": "--n-max 1001 asks for 1001 images of class 0, which has 1000",
-    "--ir 0.5": "--ir is 0.5",
+    "--n-max 1001": "--n-max is 1001; it must be less: class 0 has 1000 images, not 1001",
     "--ir 5000": "smallest class empty",
-    "--rank-ratio 1.5": "--rank-ratio is 1.5; it must be in (0, 1]",
-    "--resample 150": "--resample is 150",
     "--subset-seed -1": "--subset-seed is -1; it must be at least 0 and below 4294967296",
-    "--seed 9223372036854775808": "below 9223372036854775808",
-    "--div-margin -1": "--div-margin is -1",
     "--label-drop 1.5": "--label-drop is 1.5; it must be in [0, 1]",
-    "--lr inf": "--lr is inf",
-    "--dropout 1": "--dropout is 1",
     "--multipliers 0 1": "--multipliers is (0, 1)",
     "--image-size 18": "--image-size is 18",
-    "--image-size 32": "--image-size is 32; it must be 8 or 16",
-    "--dataset cifar10 --image-size 24": "8 or 16 or 32",
+    "--image-size 32": "--image-size is 32; it must be one of (8, 16)",
     "--channels 200": "divisible",
     "--channels 15": "--channels is 15",
-    "--amp bf16 --device cpu": "left at auto without a GPU",
-    "--device abacus": "--device is abacus; it must be cpu, cuda or cuda:N",
+    "--amp bf16 --device cpu": "left away without a GPU",
     "--device cuda:0": "--device cuda:0 can't be used here",
-    "--data {d}/empty": "it must be left away with fashion16",
-    "--dataset folder": "needs --data",
-    "--dataset folder --data {d}/none": "No such file or directory",
-    "--dataset folder --data {d}/empty": "holds 0 class folder(s)",
-    "--dataset folder --data {d}/one --preset small": "holds 1 class folder(s)",
+    "--data {d}/one": "it must be left away with fashion16",
+    "--dataset folder": "--data is None; it must be a tree with one folder",
+    "--dataset folder --data {d}/one --preset small": "holds fewer than two folders",
     "--dataset folder --data {d}/hollow --preset small": "no valid file for the classes b",
-    "--dataset folder --data {d}/broken --preset small": "broken/b/0.png can't be read",
-    "--dataset fashion --data {d}/short": "FashionMNIST is neither whole in",
-    "--dataset fashion --data {d}/packed": "packed/*.gz data/FashionMNIST/raw && gunzip data/Fash",
-    "--dataset fashion": "FashionMNIST is neither whole in data nor",
-    "--dataset cifar10": "CIFAR10 is neither whole in data nor could it be fetched (<urlopen error",
-    "--out {d}/run": "is in use; type --resume to go on, --overwrite to begin again",
+    "--dataset fashion --data {d}/short": "short; FashionMNIST is neither whole there nor",
+    "--out {d}/run": "is in use; type --resume, --overwrite or another --out",
     "--out {d}/file": "File exists",
-    "--out {d}/file/run": "Not a directory",
     "--out {d}/none --resume": "checkpoint.pt can't be loaded as a checkpoint.pt: No such file",
     "--out {d}/run --resume --lr 0.5": "--lr is 0.5; it must be 0.003, as",
     "--out {d}/run --resume --overwrite": "--overwrite",
     "--out {d}/run --resume --steps 3": "--steps is 3; it must be at least 40, where",
-    "--out {d}/cut --resume": "truncated",
-    "--out {d}/newer --resume": "that this cm.py wrote",
-    "--out {d}/network --resume": "another network",
-    "--sample {d}/none.pt": "No such file",
-    "--sample {d}/file": "can't be loaded",
-    "--sample {d}/run/merged.pt": "can't be loaded as a checkpoint.pt",
-    "--sample {d}/cut/checkpoint.pt": "truncated",
+    "--out {d}/cut --resume": "cut/checkpoint.pt can't be loaded as a checkpoint.pt: truncated",
+    "--resample 150": "--resample is 150",
     "--sample {d}/newer/checkpoint.pt": "that this cm.py wrote",
     "--sample {r} --labels -1": "--labels is (-1,); it must be from 0 to 9",
     "--sample {r} --labels 3 10": "--labels is (3, 10); it must be from 0 to 9",
-    "--sample {r} --sample-steps 1001": "--sample-steps is 1001; ddim takes 1 to 1000",
-    "--sample {r} --sampler dpm --sample-steps 1000": "dpm takes 1 to 999",
-    "--sample {r} --num-images 0": "--num-images is 0",
+    "--sample {r} --sample-steps 1001": "--sample-steps is 1001; it must be 1 to 1000 with ddim",
+    "--sample {r} --sampler dpm --sample-steps 1000": "it must be 1 to 999 with dpm",
     "--sample {r} --out {d}/none/s.npz": "in a directory that exists",
     "--sample {r} --out {d}/s.png": "a name that ends in .npz",
     "--sample {r} --steps 5": "--steps has no meaning with --sample",
     "--guidance 2": "--guidance has no meaning without --sample",
     "--no-cm --w-div 1": "--w-div has no meaning with --no-cm",
-    "--sample=": "can't be loaded",
-    "--out=": "--out is empty"}
+    "WORLD_SIZE=3 --batch-size 16": "is 16; it must be divisible by the 3 processes",
+    "WORLD_SIZE=2 --sample {r} --num-images 1": "type python instead of torchrun"}
 
 
 @pytest.fixture(scope="module")
 def bad(finished, tmp_path_factory):
     d = tmp_path_factory.mktemp("bad")
     (d / "file").write_text("not a checkpoint")
-    for name, counts in (("empty", {}), ("one", {"only": 2}), ("hollow", {"a": 2, "b": 0}),
-                         ("broken", {"a": 2, "b": 1})):
-        (make_tree(d / name, counts)).mkdir(exist_ok=True)
-    (d / "broken" / "b" / "0.png").write_bytes(b"\x89PNG no more")
-    raw = d / "short" / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part in ("train", "t10k"):
-        write_idx(raw / f"{part}-images-idx3-ubyte", np.zeros((10, 28, 28)))
-        write_idx(raw / f"{part}-labels-idx1-ubyte", np.zeros(10))
-    os.truncate(raw / "train-images-idx3-ubyte", 5000)
-    (d / "packed").mkdir()
-    (d / "packed" / "train-images-idx3-ubyte.gz").touch()
-    for name in ("run", "cut", "network", "newer"):
+    for name, counts in (("one", {"only": 2}), ("hollow", {"a": 2, "b": 0})):
+        make_tree(d / name, counts)
+    os.truncate(fashion_files(d / "short") / "FashionMNIST/raw/train-images-idx3-ubyte", 5000)
+    for name in ("run", "cut", "newer"):
         shutil.copytree(finished[0], d / name)
     os.truncate(d / "cut" / "checkpoint.pt", 9000)
-    state = load(d / "network")
+    state = load(d / "newer")
     torch.save(state | {"config": state["config"] | {"colour": 1}}, d / "newer" / "checkpoint.pt")
-    del state["model"]["decoder.0.block1.2.B"]
-    torch.save(state, d / "network" / "checkpoint.pt")
     return d
 
 
@@ -1843,25 +1676,16 @@ def bad(finished, tmp_path_factory):
 def test_bad_input_is_one_line_status_2_and_changes_nothing(
         arguments, bad, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for proxy in ("http_proxy", "https_proxy"):  # so that nothing can be downloaded
-        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
     before = snapshot(bad)
-    done = command(arguments.format(d=bad, r=bad / "run/checkpoint.pt"))
+    arguments, says = arguments.format(d=bad, r=bad / "run/checkpoint.pt"), BAD[arguments]
+    world, flags = re.fullmatch(r"(?:WORLD_SIZE=(\d) )?(.*)", arguments).groups()
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    done = command(flags)
     lines = [line for line in re.split("[\r\n]+", done.stderr) if re.match(r"(?!.*\|).", line)]
     assert done.returncode == 2 and len(lines) == 1, done.stderr
-    assert BAD[arguments] in lines[0]
+    assert says in lines[0]
     assert snapshot(bad) == before and not [p for p in tmp_path.rglob("*") if p.is_file()]
-
-
-@pytest.mark.parametrize("world, flags, says", [
-    (3, f"{REPLAY} --out run", "--batch-size is 16; it must be divisible by the 3 processes"),
-    (2, "--sample {r}", "type python instead of torchrun")])
-def test_what_processes_cannot_share_is_refused(
-        checkpoints, tmp_path, monkeypatch, world, flags, says):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    monkeypatch.chdir(tmp_path)
-    done = command(flags.format(r=checkpoints["cm"]))
-    assert done.returncode == 2 and says in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_the_paper_preset_is_the_authors_configuration():
@@ -1885,7 +1709,7 @@ def test_help_shows_every_option_with_its_default():
     assert done.returncode == 0
     for name in cm.Config.__dataclass_fields__:
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name
-    for part in ("paper 300,000", "Sec. G.1", "[default: paper 0.0002, small 0.003]", "--no-flip"):
+    for part in ("paper 300000", "Sec. G.1", "[default: paper 0.0002, small 0.003]", "--no-flip"):
         assert part in text
 
 
@@ -1913,11 +1737,6 @@ def test_off_is_float32_without_tf32(monkeypatch):
 
 # --------------------------------------------------------------------------------------------------
 # What a GPU alone can run
-
-
-@gpu
-def test_gpu_small_ba_survives_autocast():
-    small_ba_survives_autocast("cuda")
 
 
 @gpu
@@ -1953,9 +1772,8 @@ def both_inceptions(tmp_path_factory):
     """torch-fidelity's Inception and ours with the same random weights, and the weights' file."""
     peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     torch.manual_seed(0)
-    ours = torchvision.models.inception_v3(
-        weights=None, num_classes=1008, aux_logits=False, transform_input=False, init_weights=False
-    )
+    ours = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
+                                           transform_input=False, init_weights=False)
     for name, value in ours.state_dict().items():  # of every scale, so that a missed detail shows
         if value.ndim == 4:
             nn.init.kaiming_normal_(value)
@@ -1981,9 +1799,7 @@ def test_fid_inception_features_equal_torch_fidelitys(both_inceptions, size):
         assert torch.equal(ours(gray)[0], ours(gray.expand(-1, 3, -1, -1))[0])
 
 
-def test_fid_inception_takes_weights_of_both_layouts_and_no_others(
-    tmp_path, monkeypatch, both_inceptions
-):
+def test_fid_inception_takes_weights_of_both_layouts_and_no_others(tmp_path, both_inceptions):
     """With and without the batch norms' counters: as torch-fidelity and pytorch-fid load them."""
     _, ours, file = both_inceptions
     state = torch.load(file, weights_only=True)
@@ -1993,16 +1809,11 @@ def test_fid_inception_takes_weights_of_both_layouts_and_no_others(
     image = torch.arange(768).reshape(1, 3, 16, 16).to(torch.uint8)
     with torch.inference_mode():
         assert torch.equal(fid.inception(tmp_path / "older.pth")(image)[1], ours(image)[1])
-    (tmp_path / "text.pth").write_bytes(b"no weights")
     imagenet = state | {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
-    torch.save(imagenet, tmp_path / "imagenet.pth")
-    torch.save(older | {"more": torch.zeros(1)}, tmp_path / "more.pth")
-    for name in ("text", "imagenet", "more", "none"):
-        with pytest.raises(ValueError, match=f"{name}.pth can't be had as FID's Inception-v3"):
-            fid.inception(tmp_path / f"{name}.pth")
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: 1 / 0)
-    with pytest.raises(ValueError, match="6726825d"):
-        fid.inception()
+    for other in (imagenet, older | {"more": torch.zeros(1)}):
+        torch.save(other, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match="other.pth can't be had as FID's Inception-v3"):
+            fid.inception(tmp_path / "other.pth")
     with pytest.raises(ValueError, match="uint8"):
         ours(torch.zeros(1, 3, 32, 32))
 
@@ -2080,25 +1891,18 @@ def test_fid_frechet_distance_leaves_the_fast_root_before_it_is_wrong(monkeypatc
         traces = sum(float((r**2).sum()) for r in roots)
         expected = traces - 2 * svd(roots[0] @ roots[1].T, compute_uv=False).sum()
         expected += float((x.mean(0) - y.mean(0)).square().sum())
-        before = x.clone()
         for scale in (1, 1e-4, 1e4):  # of the features
             slow.clear()
             distance = fid.frechet_distance(scale * x, scale * y) / scale**2
             assert math.isclose(distance, expected, rel_tol=1e-8, abs_tol=1e-12)
             was_slow.append(bool(slow))
-        assert fid.frechet_distance(x, y) and torch.equal(x, before)  # float64 isn't copied first
     assert was_slow == sorted(was_slow)
     # Inception's spectrum falls by two to three decades
     assert was_slow[:9] == [False] * 9 and was_slow[15:] == [True] * 18
 
 
-def test_fid_kid_of_one_distribution_averages_to_zero_and_has_a_spread_where_it_draws():
-    g, values = torch.Generator().manual_seed(0), []
-    for _ in range(40):
-        a, b = torch.randn(2, 200, 8, generator=g)
-        values.append(fid.kernel_distance(a, b, 1, 199)[0])
-    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(40)
-    assert min(values) < 0 < max(values)
+def test_fid_kid_has_a_spread_where_it_draws():
+    a, b = feature_sets(200, 200, 8)
     assert fid.kernel_distance(a, b, 3, 199)[1] > 0
     # a set that is no larger than a subset is taken whole
     for x, y, size in ((a, b, 200), (a[:50], b, 1000), (b, a[:50], 50)):
@@ -2111,26 +1915,19 @@ def test_fid_precision_and_recall_of_known_sets():
     assert fid.precision_recall(a, a) == (1.0, 1.0)
     assert fid.precision_recall(a, a + 1000) == (0.0, 0.0)
     assert fid.precision_recall(a + 1e4, b + 1e4) == fid.precision_recall(a, b)
-    collapsed = a[:1] + 1e-3 * torch.randn(50, a.shape[1])
-    precision, recall = fid.precision_recall(a, collapsed)
-    assert precision > 0.9 and recall < 0.05  # faithful, not diverse
     # on a ball's surface is inside: -1 is as far from 0 as 0's neighbour, 1 from -1 as -3 is
     real, generated = torch.tensor([0.0, 1, 3, 7, 14])[:, None], torch.tensor([[-1.0], [-3]])
     for block in (2000, 1):
         assert fid.precision_recall(real, generated, 1, block) == (0.5, 0.4)
 
 
-@pytest.mark.parametrize(
-    "call, says",
-    [
-        (lambda a, b: fid.frechet_distance(a, b[:, :5]), r"\[20, 8\], \[20, 5\].*with one D"),
-        (lambda a, b: fid.frechet_distance(a[:1], b), "N at least 2"),
-        (lambda a, b: fid.kernel_distance(a, b * math.nan), "not all finite"),
-        (lambda a, b: fid.precision_recall(a[:3], b), "N at least 4"),
-        (lambda a, b: fid.inception_score(a[:5]), "5 images can't make 10 splits"),
-        (lambda a, b: fid.inception_score(a, 0), "20 images can't make 0 splits"),
-    ],
-)
+@pytest.mark.parametrize("call, says", [
+    (lambda a, b: fid.frechet_distance(a, b[:, :5]), r"\[20, 8\], \[20, 5\].*with one D"),
+    (lambda a, b: fid.frechet_distance(a[:1], b), "N at least 2"),
+    (lambda a, b: fid.kernel_distance(a, b * math.nan), "not all finite"),
+    (lambda a, b: fid.precision_recall(a[:3], b), "N at least 4"),
+    (lambda a, b: fid.inception_score(a[:5]), "5 images can't make 10 splits"),
+    (lambda a, b: fid.inception_score(a, 0), "20 images can't make 0 splits")])
 def test_fid_metrics_refuse_nonsense(call, says):
     with pytest.raises(ValueError, match=says):
         call(*feature_sets(20, 20, 8))
@@ -2185,19 +1982,13 @@ def test_fid_end_to_end_with_the_classifier(sampled, capsys):
 
     good, text = run("good")
     head, columns, *lines = text.out.splitlines()
-    assert head == (
-        "ddim, 50 steps, guidance 1.5; classifier features against cifar10, balanced training "
-        "set, 600 images"
-    )
+    assert head == ("ddim, 50 steps, guidance 1.5; classifier features against cifar10, balanced "
+                    "training set, 600 images")
     assert columns.split() == ["images", "real", "FD", "KD", "precision", "recall", "accuracy"]
     assert lines[0].split()[:3] == ["overall", "200*", "600"] and "±" not in lines[0]
-    assert any(line.startswith("* fewer") for line in lines)
-    assert any(line.startswith("no ±") for line in lines)
-    accuracy = good["settings"]["notes"][0]
-    assert re.fullmatch(r"the classifier recognises (9\d|100)\.\d % of held-out images", accuracy)
-    assert accuracy in lines
-    known = {"guidance": 1.5, "sampler": "ddim", "sample_steps": 50, "features": "classifier"}
-    assert known.items() <= good["settings"].items()
+    assert [line.split()[0] for line in lines[-3:]] == ["*", "no", "the"]
+    assert lines[-1:] == good["settings"]["notes"]
+    assert re.fullmatch(r"the .* recognises (9\d|100)\.\d % of held-out images", lines[-1])
     noise, text = run("noise")
     assert text.out.startswith("guidance unknown; classifier features")
     assert "training" not in text.err and len(sampled) == 1  # cached
@@ -2214,19 +2005,14 @@ def test_fid_end_to_end_with_the_classifier(sampled, capsys):
     net.load_state_dict(torch.load(kept, weights_only=True)["result"][0])
     file = dict(np.load("good.npz"))
     labels = torch.from_numpy(file["arr_1"])
-    (real_features, _), (features, logits) = (
-        fid.extract(net, images, "", 7) for images in (real, fid.chw(file["arr_0"]))
-    )
+    real_features, _ = fid.extract(net, real, "", 7)
+    features, logits = fid.extract(net, fid.chw(file["arr_0"]), "", 7)
     splits = {"overall": range(10)} | cm.splits(file["counts"])
     assert list(good) == ["settings", *splits]
     for name, classes in splits.items():
         r, g = (torch.isin(v, torch.tensor(list(classes))) for v in (real_labels, labels))
         expected = real_features[r], features[g], "classifier", logits[g], labels[g]
         assert good[name] == pytest.approx(fid.score(*expected), rel=1e-4), name
-    # another order of the samples changes nothing
-    order = np.random.RandomState(1).permutation(200)
-    np.savez("shuffled.npz", **file | {k: file[k][order] for k in ("arr_0", "arr_1")})
-    assert run("shuffled")[0]["overall"] == pytest.approx(good["overall"], rel=1e-4)
 
 
 def test_fid_inception_on_folders_statistics_and_grey_images(sampled, both_inceptions, capsys):
@@ -2242,12 +2028,9 @@ def test_fid_inception_on_folders_statistics_and_grey_images(sampled, both_incep
         save_image(Path("good", f"{i:02}.png"), x[i, ..., 0])
     np.savez("new.npz", arr_0=noise)
     np.savez("grey.npz", arr_0=x)
-    np.savez("rgb.npz", arr_0=x.repeat(3, 3))
     expected, _ = run("new.npz", "good")
     assert expected["images"] == expected["real"] == 10
     assert expected["FID"] > 0 and expected["IS"] >= 1 and "KID std" not in expected
-    for reference in ("grey.npz", "rgb.npz"):
-        assert run("new.npz", reference)[0] == pytest.approx(expected, rel=1e-4)
     assert run("good", "grey.npz")[0]["FID"] < 1e-3 * expected["FID"]
     # statistics of the same images, alone, and beside other images, which keep the other columns
     features = fid.extract(both_inceptions[1], fid.chw(x), "")[0].double().numpy()
@@ -2265,10 +2048,12 @@ def test_fid_inception_on_folders_statistics_and_grey_images(sampled, both_incep
     assert "FID overall is against the reference's mu and sigma" in out
 
 
-def test_fid_a_tree_of_classes_gives_splits_and_accuracy(sampled, capsys):
+def test_fid_a_tree_of_classes_gives_splits_and_accuracy(sampled):
     x, y = toy_set(5, seed=2)
+    colour = x.repeat(3, 3)
+    colour[0, 0, 0, 0] ^= 1  # one pixel makes it a set of colour, unlike the samples
     for i in range(6):  # one bee
-        save_image(Path("tree", ("ant", "bee")[y[i]], f"{i}.png"), x[i, ..., 0])
+        save_image(Path("tree", ("ant", "bee")[y[i]], f"{i}.png"), colour[i])
     file = np.load("good.npz")
     np.savez("new.npz", arr_0=file["arr_0"][:40], arr_1=file["arr_1"][:40], counts=[9, 1])
     result = fid.evaluate("new.npz", reference="tree", features="classifier")
@@ -2278,8 +2063,6 @@ def test_fid_a_tree_of_classes_gives_splits_and_accuracy(sampled, capsys):
     accuracy, note = result["settings"]["notes"]
     assert accuracy.endswith("% of its own training images")
     assert note == "Few is left out, with 1 real images and 20 generated ones of the classes 1 bee"
-    fid.show(result)
-    assert note in capsys.readouterr().out.splitlines()
     same = fid.evaluate("new.npz", "folder", "tree", features="classifier")
     assert same["settings"]["against"] == "tree, as it comes, 6 images"
     assert same["overall"] == result["overall"]
@@ -2309,7 +2092,7 @@ def test_fid_score_is_the_metrics_by_name(kind):
     assert fid.score(real[:2], generated, kind, logits)["recall"] in (0.0, 0.5, 1.0)
 
 
-def test_fid_cache_is_used_again_and_only_for_what_it_was_made_of(sampled, monkeypatch, capsys):
+def test_fid_cache_is_used_again_and_only_for_what_it_was_made_of(sampled, monkeypatch):
     def run(**kw):
         result = fid.evaluate("good.npz", features="classifier", **kw)
         return len(sampled), result
@@ -2329,49 +2112,28 @@ def test_fid_cache_is_used_again_and_only_for_what_it_was_made_of(sampled, monke
     for n, labels in ((4, y), (5, np.roll(y, 1))):
         np.savez("real.npz", arr_0=x, arr_1=labels)
         assert run(reference="real.npz")[0] == n
-    # a damaged file and another program's are made anew
-    for i, content in enumerate((b"", b"PK damaged", None)):
-        for file in Path("data/fid").iterdir():
-            if content is None:
-                torch.save({"weights": torch.zeros(3)}, file)
-            else:
-                file.write_bytes(content)
-        assert run(reference="real.npz")[0] == 6 + i
-    # one that can't be written costs no scores
-    Path("file").write_text("")
-    capsys.readouterr()
-    result = run(reference="real.npz", cache="file/cache")
-    assert result[0] == 9 and result[1]["overall"]["images"] == 200
-    assert "--cache names another directory" in capsys.readouterr().err
-
-    def full(*args):
-        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0")
-
-    monkeypatch.setattr(torch, "save", full)
-    assert run(reference="real.npz", cache="new")[0] == 10 and not list(Path("new").iterdir())
 
 
-def test_fid_cached_makes_each_key_once(tmp_path, monkeypatch):
-    made, directory = [], tmp_path / "new" / "cache"
-
-    def make():
-        made.append(None)
-        return torch.tensor(len(made))
-
+def test_fid_cached_makes_each_key_once(tmp_path, capsys):
+    directory, made = tmp_path / "new" / "cache", itertools.count(1)
+    make = lambda: torch.tensor(next(made))
     x = torch.arange(3000).reshape(1500, 2)
     one, last = x.clone(), x.clone()
     last[-1] += 1
-    keys = [("a", [x, 3]), ("a", [x, 4]), ("a", [last, 3]), ("b", [x, 3]), ("a", [x.T, 3]),
-            ("a", [x.int(), 3]), ("a", [b"x"])]
+    keys = [("a", [x, 3]), ("a", [x, 4]), ("a", [last, 3]), ("b", [x, 3]),
+            ("a", [x.view(2, -1), 3]), ("a", [x.int(), 3]), ("a", [b"x"])]
     for _ in range(2):
         assert [int(fid.cached(directory, *key, make)) for key in keys] == [1, 2, 3, 4, 5, 6, 7]
     assert int(fid.cached(directory, "a", [one.T.contiguous().T, 3], make)) == 1  # any layout
-    # what a GPU left is read without one
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-        fid.cached(tmp_path, "c", ["key"], lambda: torch.arange(3))
-    loaded = fid.cached(tmp_path, "c", ["key"], lambda: None)
-    assert loaded.device.type == "cpu" and loaded.tolist() == [0, 1, 2]
+    # a damaged file and another program's are made anew; what can't be written is made all the same
+    (file,) = directory.glob("b-*")
+    for n, content in enumerate((b"", b"PK damaged", None), 8):
+        torch.save({"weights": torch.zeros(3)}, file)
+        if content is not None:
+            file.write_bytes(content)
+        assert int(fid.cached(directory, "b", [x, 3], make)) == n
+    assert int(fid.cached(file / "cache", "b", [x, 3], make)) == 11
+    assert "--cache names another directory" in capsys.readouterr().err
 
 
 @gpu
@@ -2385,19 +2147,8 @@ def test_gpu_fid_evaluate_equals_the_cpus(sampled):
     assert len(sampled) == 1 and on_gpu.pop("settings") == on_cpu.pop("settings")
     for name in on_cpu:
         assert on_gpu[name] == pytest.approx(on_cpu[name], rel=1e-3, abs=1e-4), name
-
-
-@gpu
-def test_gpu_fid_metrics_equal_the_cpus():
-    sets = feature_sets()
-    on_gpu = [s.cuda() for s in sets]
-    for metric in (fid.frechet_distance, fid.kernel_distance, fid.precision_recall):
-        assert metric(*on_gpu) == pytest.approx(metric(*sets), rel=1e-3), metric
-    few = [s[:10] for s in on_gpu]
-    assert fid.frechet_distance(*few) == pytest.approx(
-        fid.frechet_distance(sets[0][:10], sets[1][:10])
-    )
-    assert fid.inception_score(on_gpu[0]) == pytest.approx(fid.inception_score(sets[0]))
+    logits, _ = feature_sets()
+    assert fid.inception_score(logits.cuda()) == pytest.approx(fid.inception_score(logits))
 
 
 def test_fid_reads_an_npz_and_a_folder_of_two_images_and_more(tmp_path):
@@ -2420,8 +2171,8 @@ BAD_FID = {
     "text": ("text.npz", "can't be read as an .npz"),
     "pickled": (dict(arr_0=np.array([None])), "can't be read as an .npz"),  # it could run code
     "empty": ("empty", "empty holds 0 images"),
-    "named otherwise": (dict(arr_0=None), "holds 0 images, as arr_0"),
     "one": (dict(arr_0=lambda x: x[:1], arr_1=None), "holds 1 images"),
+    "statistics": (dict(arr_0=None, mu=np.zeros(2048), sigma=np.eye(2048)), "0 images, as arr_0"),
     "float": (dict(arr_0=lambda x: x / 255), "arr_0 is float64 [200, 8, 8, 1]; it must be uint8"),
     "[N, H, W]": (dict(arr_0=lambda x: x[..., 0]), "[200, 8, 8]; .*x[..., None]"),
     "RGBA": (dict(arr_0=lambda x: x.repeat(4, 3)), "[200, 8, 8, 4]; .*x[..., :3]"),
@@ -2432,28 +2183,28 @@ BAD_FID = {
     "counts": (dict(counts=lambda n: n[:, None]), "counts is int64 [10, 1]"),
     "foreign": (dict(arr_1=lambda y: y + 1), "labels to 10.*0 class a to 9 class j"),
     "9 counts": (dict(counts=lambda n: n[:9]), "labels to 9 and 9 counts"),
-    "statistics": ("s.npz", "s.npz holds 0 images, as arr_0"),
-    "64 features": ("good.npz --reference 64.npz", "mu is float64 [64]; it must be [2048]"),
+    "mu alone": (dict(mu=np.zeros(2048)), "mu is float64 [2048]; it must be [2048], beside sigma"),
+    "64 features": (dict(mu=np.zeros(64), sigma=np.eye(64)), "mu is float64 [64]; "),
     "size of data": (dict(arr_0=lambda x: x[:, :6, :6]), "the samples' size is 6"),
     "size": ("good.npz --reference big.npz", "samples are [8, 8], real images [16, 16]"),
-    "sizes": ("mixed", "mixed/b.png is 16 x 16, others are 8 x 8"),
-    "bomb": ("bomb", "bomb/b.png can't be read as an image .*decompression bomb"),
+    "sizes": ("mixed", "mixed/b.png isn't of mixed/a.png's size"),
     "plain": ("good.npz --reference plain.npz", "needs real images with labels"),
-    "mu alone": ({"mu": np.zeros(2048)}, "mu is float64 [2048]; it must be [2048], beside sigma"),
-    "no labels": ("good.npz --reference s.npz", "needs real images with labels"),
-    "both": ("good.npz --dataset cifar10 --reference plain.npz", "not allowed with"),
     "neither": ("good.npz --features inception", "--dataset --reference is required"),
-    "unknown set": ("good.npz --dataset mnist", "invalid choice"),
     "json": ("good.npz --dataset cifar10 --json none/x.json", "not a directory"),
-    "device": ("good.npz --dataset cifar10 --device abacus", "--device is abacus"),
     "weights": ("good.npz --dataset cifar10 --features inception --weights text.npz", "text.npz"),
     "fetched": ("good.npz --dataset cifar10 --features inception", "6726825d"),
+    "interrupted": ("good.npz --dataset cifar10", "interrupted; type it again"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FID)
 def test_fid_bad_input_is_one_line_and_status_2(name, sampled, capfd, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
     arguments, says = BAD_FID[name]
+    if name == "interrupted":
+        monkeypatch.setattr(cm, "load_dataset", interrupt)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: 1 / 0)
     good = dict(np.load("good.npz"))
     x = good["arr_0"]
@@ -2461,14 +2212,8 @@ def test_fid_bad_input_is_one_line_and_status_2(name, sampled, capfd, monkeypatc
     Path("empty").mkdir()
     np.savez("plain.npz", arr_0=x)
     np.savez("big.npz", arr_0=x.repeat(2, 1).repeat(2, 2))
-    np.savez("64.npz", mu=np.zeros(64), sigma=np.eye(64))
-    if "s.npz" in str(arguments):
-        np.savez("s.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048), np.float32))
-    if name in ("mixed", "bomb"):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    for folder in ("mixed", "bomb"):
-        save_image(Path(folder, "a.png"), x[0, ..., 0])
-        save_image(Path(folder, "b.png"), x[0, ..., 0].repeat(2, 0).repeat(2, 1))
+    save_image(Path("mixed/a.png"), x[0, ..., 0])
+    save_image(Path("mixed/b.png"), x[0, :6, :6, 0])
     if isinstance(arguments, dict):
         changed = {k: v(good[k]) if callable(v) else v for k, v in arguments.items()}
         np.savez("bad.npz", **{k: v for k, v in (good | changed).items() if v is not None})
@@ -2493,37 +2238,21 @@ def test_fid_grey_images_are_the_same_in_any_file():
     assert torch.equal(fid.chw(colour), torch.from_numpy(colour).permute(0, 3, 1, 2))
 
 
-def test_fid_interrupted_says_so_in_a_line(sampled, capsys, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(fid, "extract", interrupt)
-    with pytest.raises(SystemExit) as stopped:
-        fid.main(["good.npz", "--dataset=cifar10", "--features=classifier", "--device=cpu"])
-    assert stopped.value.code == 2 and "interrupted" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_fid_classifier_against_a_plain_writing():
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=g)
     net = fid.Classifier(3, 7).eval()
     for v in [*net.parameters(), *net.buffers()]:
         if v.is_floating_point():  # batch norm's running mean and variance, too
-            v.data = v.data + 0.3 * torch.rand(v.shape, generator=g)
-    w = {name: value.double() for name, value in net.state_dict().items()}
-    h = images.double() / 255 * 2 - 1
+            v.data = v.data + 0.6 * torch.rand(v.shape, generator=g) - 0.3
+    w, h = net.state_dict(), images / 127.5 - 1
     for i in (0, 2, 4):
-        mean, var, scale, shift = (
-            w[f"body.{i}.1.{part}"][:, None, None]
-            for part in ("running_mean", "running_var", "weight", "bias")
-        )
+        of_norm = ("running_mean", "running_var", "weight", "bias")
         h = F.conv2d(h, w[f"body.{i}.0.weight"], padding=1)
-        h = ((h - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
-        halves = h.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
-        h = halves.amax(4) if i < 4 else halves.mean(4)
-    assert h.shape == (5, 128, 2, 2)
-    features = (h.flatten(1) @ w["body.7.weight"].T + w["body.7.bias"]).clamp(min=0)
-    logits = features @ w["head.weight"].T + w["head.bias"]
+        h = F.batch_norm(h, *(w[f"body.{i}.1.{part}"] for part in of_norm)).relu()
+        h = F.max_pool2d(h, 2) if i < 4 else F.avg_pool2d(h, 2)
+    features = F.linear(h.flatten(1), w["body.7.weight"], w["body.7.bias"]).relu()
+    logits = F.linear(features, w["head.weight"], w["head.bias"])
     assert features.shape == (5, 128) and logits.shape == (5, 7)
     for ours in (net(images), fid.extract(net, images, "", 2)):  # at once, and by twos
         for a, b in zip(ours, (features, logits), strict=True):
@@ -2535,9 +2264,8 @@ def test_fid_classifiers_training_replayed_by_hand():
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8, generator=g)
     labels, state = torch.arange(50) % 3, torch.get_rng_state()
-    net, accuracy = fid.train_classifier(
-        images, labels, images[:40], labels[:40], 3, steps=4, seed=7
-    )
+    test = images[:40], labels[:40]
+    net, accuracy = fid.train_classifier(images, labels, *test, 3, steps=4, seed=7)
     assert torch.equal(torch.get_rng_state(), state)
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     with torch.random.fork_rng():
@@ -2560,14 +2288,12 @@ def test_fid_classifiers_training_replayed_by_hand():
 
 
 def test_fid_classifier_on_fashion16():
-    x, y, test, test_y = (
-        v for train in (True, False) for v in cm.load_dataset("fashion16", None, 16, train)[:2]
-    )
-    x, test, y, test_y = fid.chw(x), fid.chw(test), torch.from_numpy(y), torch.from_numpy(test_y)
-    net, accuracy = fid.train_classifier(x, y, test, test_y, 10)
+    real, held = (fid.real_set("fashion16", None, None, 16, train) for train in (True, False))
+    sets = real["arr_0"], real["arr_1"], held["arr_0"], held["arr_1"]
+    net, accuracy = fid.train_classifier(*sets, 10)
     assert accuracy >= 0.86
     noise = torch.randint(0, 256, (2000, 1, 16, 16), dtype=torch.uint8)
-    real, held, noise = (fid.extract(net, v, "")[0] for v in (x, test, noise))
+    real, held, noise = (fid.extract(net, v, "")[0] for v in (sets[0], sets[2], noise))
     assert fid.frechet_distance(real, noise) > 50 * fid.frechet_distance(real, held)
 
 
@@ -2581,23 +2307,7 @@ def within_noise(estimate, p, trials=TRIALS):
     return abs(estimate - p) < 4 * math.sqrt(p * (1 - p) / trials)
 
 
-@pytest.mark.parametrize("n1, n2, sigma, cos", [(45, 5, 12.0, 0.2), (20, 20, 6.0, -1.0)])
-def test_theory_formulas_of_theorem_2_1_agree_with_the_simulation(n1, n2, sigma, cos):
-    n, mu = n1 + n2, 2.0
-    exact = float(theory.pi_maj(n1 / n, n, mu, sigma, cos))
-    estimate, error = theory.simulate_pi_maj(n1, n2, mu, sigma, cos, dim=4, trials=TRIALS)
-    assert within_noise(estimate, exact)
-    assert math.isclose(error, math.sqrt(exact * (1 - exact) / TRIALS))
-    for same in (
-        theory.pi_maj_multi((n1, n2), theory.two_means(mu, cos, 4), sigma),
-        theory.pi_maj_multi_simple(n1, n2, n, mu, sigma, cos),
-        theory.pi_maj_exact(0, n1, n2, mu, sigma, cos),
-        theory.pi_maj_tight(0, n1, n2, mu, sigma, cos),
-    ):
-        assert math.isclose(same, exact)
-
-
-@pytest.mark.parametrize("alpha", [0.2, 0.6, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.6, 1.0])
 def test_theory_exact_value_of_theorem_3_1_against_an_independent_simulation(alpha):
     """Written anew: float64, Assumption F.2 as printed."""
     n1, n2, mu, sigma, cos = 18, 3, 2.0, 5.0, 0.3
@@ -2611,13 +2321,17 @@ def test_theory_exact_value_of_theorem_3_1_against_an_independent_simulation(alp
     share = (update @ (m1 - m2) > 0).mean()
     exact = float(theory.pi_maj_exact(alpha, n1, n2, mu, sigma, cos))
     assert within_noise(share, exact)
-    assert within_noise(theory.simulate_pi_maj(n1, n2, mu, sigma, cos, alpha, 3, TRIALS)[0], exact)
+    estimate, error = theory.simulate_pi_maj(n1, n2, mu, sigma, cos, alpha, 3, TRIALS)
+    assert within_noise(estimate, exact)
+    assert math.isclose(error, math.sqrt(exact * (1 - exact) / TRIALS))
 
 
 def test_theory_hand_worked_values():
-    assert theory.pi_maj(0.5, 100, 1, 3, 0.2) == 0.5 == theory.pi_maj_tight(0.3, 7, 7, 1, 3, 0.2)
+    assert theory.pi_maj_tight(0.3, 7, 7, 1, 3, 0.2) == 0.5
+    # arrays broadcast; the argument is (2 a - 1) sqrt(2 N) / 2
+    shares, n = np.array([[0.5], [0.75]]), np.array([8, 32])
+    assert np.allclose(theory.pi_maj(shares, n, 1, 1, 0), theory.ndtr([[0, 0], [1, 2]]))
     phi_1 = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
-    assert math.isclose(theory.pi_maj(0.75, 8, 1, 1, 0), phi_1)  # argument 0.5 * sqrt(16) / 2 = 1
     assert math.isclose(theory.pi_maj_bound(0.5, 8, 1, 1, 0), phi_1)
     assert theory.pi_maj_bound(1, 50, 1, 1, 0) == 0.5 == theory.pi_maj_middle(1, 50, 5, 1, 1, 0)
     # (F.14) middle at alpha = 1/2, N = 8, N_2 = 2, cos = 1/2, mu/sigma = 3:
@@ -2635,8 +2349,9 @@ def test_theory_hand_worked_values():
 def test_theory_mended_bound_at_hand_worked_values():
     # alpha = 1/2, N = 16, N_K = 2, cos = 1/2: s = 1/2, 1 - alpha s = 3/4,
     # N + 2 alpha N + alpha^2 N^2 / N_K = 16 + 16 + 32 = 64; 16 (3/4) / 8 = 3/2, sqrt(16) 3/4 = 3
-    # times mu / sigma = 1/3
-    assert math.isclose(theory.pi_maj_multi_any(0.5, 16, 2, 2, 6, 0.5), theory.ndtr(0.5))
+    # times mu / sigma = 1/3 or 2/3
+    both = theory.pi_maj_multi_any(0.5, 16, 2, np.array([2, 4]), 6, 0.5)
+    assert np.allclose(both, theory.ndtr([0.5, 1]))
     assert math.isclose(theory.pi_maj_multi_any_simple(0.5, 16, 2, 6, 0.5), theory.ndtr(1))
     # kappa = 4: 16 + 4 + 2 = 22, 4 (3/4) = 3
     expected = theory.ndtr(3 / math.sqrt(22))
@@ -2659,20 +2374,14 @@ def test_theory_two_class_ladder_on_random_settings():
         assert np.allclose((exact, last), multi[[0, -1]], atol=0, rtol=1e-9)
         assert math.isclose(middle, theory.pi_maj_middle(alpha, n, n2, mu, sigma, cos))
         without = theory.ladder(**(setting | dict(alpha=0.0)))
-        assert np.allclose(without[:2], theory.pi_maj(n1 / n, n, mu, sigma, cos))
+        plain = theory.pi_maj(n1 / n, n, mu, sigma, cos)
+        assert np.allclose(without[:2], plain)
         assert np.allclose(without[2:], theory.pi_maj(1, n, mu, sigma, cos))
+        assert math.isclose(theory.pi_maj_multi_simple(n1, n2, n, mu, sigma, cos), plain)
 
 
 def test_theory_multi_ladder_on_random_settings():
     settings = list(theory.random_settings(10_000, 3))
-    cosines = []
-    for _, counts, means, sigma in (setting.values() for setting in settings[:1000]):
-        norms = np.linalg.norm(means, axis=1)
-        assert (np.diff(counts) <= 0).all() and (counts == np.floor(counts)).all()
-        assert np.allclose(norms, norms[0]) and 0.1 < norms[0] < 10 and 1 <= counts[-1] <= 1000
-        assert 0.1 < norms[0] * math.sqrt(counts.sum()) / sigma < 10
-        cosines.append(means[0] @ means[-1] / norms[0] ** 2)
-    assert min(cosines) < -0.5 and max(cosines) > 0.9
     exact, at_kappa, at_n, simple, paper = np.array([theory.multi_ladder(**s) for s in settings]).T
     for lower, upper in ((exact, at_kappa), (at_kappa, at_n), (at_n, simple)):
         assert (lower <= upper + 1e-12).all()
@@ -2688,14 +2397,11 @@ def test_theory_multi_ladder_on_random_settings():
 
 
 def test_theory_multi_class_with_orthogonal_and_general_means():
-    counts, means = (12, 7, 3), np.eye(3, 5)
+    counts, general = (12, 7, 3), np.array([[1.0, 0, 0], [0.8, -0.6, 0], [0, 0.6, -0.8]])
     simple = theory.pi_maj_multi_simple(12, 3, 22, 1.0, 4.0, 0.0)
-    assert math.isclose(theory.pi_maj_multi(counts, means, 4.0), simple)
-    general = np.array([[1.0, 0, 0], [0.8, -0.6, 0], [0, 0.6, -0.8]])
-    estimate = theory.simulate(counts, general, 4.0, trials=TRIALS)
-    assert within_noise(estimate, theory.pi_maj_multi(counts, general, 4.0))
-    assert not within_noise(estimate, simple)  # the cross term matters
-    for alpha in (0.5, 1.0):
+    assert math.isclose(theory.pi_maj_multi(counts, np.eye(3, 5), 4.0), simple)
+    assert not within_noise(theory.pi_maj_multi(counts, general, 4.0), simple)  # the cross term
+    for alpha in (0.0, 0.5, 1.0):
         exact = theory.pi_maj_multi_exact(alpha, counts, general, 4.0)
         assert within_noise(theory.simulate(counts, general, 4.0, alpha, TRIALS), exact)
 
@@ -2711,27 +2417,24 @@ def test_theory_counterexample_to_theorem_f_2():
     s = math.sqrt(0.05)  # by hand, as the docstring says
     assert math.isclose(ndtri(exact), 999 * (1 + s) / (10 * math.sqrt(2000)), rel_tol=1e-9)
     assert math.isclose(ndtri(paper), 1) and abs(ndtri(mended) - math.sqrt(2000) / 10) < 1e-6
-    # with some capacity reserved (F.17) is still wrong, by simulation, too
-    setting = theory.counterexample(alpha=0.05)
-    exact, _, mended, _, paper = theory.multi_ladder(**setting)
-    estimate = theory.simulate(**setting, trials=5000)
-    assert within_noise(estimate, exact, 5000) and not within_noise(estimate, paper, 5000)
+    # with some capacity reserved (F.17) is still wrong
+    exact, _, mended, _, paper = theory.multi_ladder(**theory.counterexample(alpha=0.05))
     assert paper < exact < mended < 0.97
 
 
 def test_theory_estimate_depends_neither_on_dimension_nor_on_blocks(monkeypatch):
     exact = float(theory.pi_maj(0.8, 10, 1, 3, 0.3))
 
-    def estimate(dim, seed, trials=TRIALS):
-        return theory.simulate((8, 2), theory.two_means(1, 0.3, dim), 3.0, 0.0, trials, seed)
+    def estimate(dim, trials, seed=1):
+        means = theory.two_means(1, 0.3, dim)
+        return theory.simulate((8, 2), means, 3.0, 0.0, trials, seed)
 
-    estimates = [estimate(dim, seed=dim) for dim in (2, 8, 64)]
-    for trials in (7, 1000):  # in a block, of 8 samples in 8 dimensions
-        monkeypatch.setattr(theory, "PIECE", 64 * trials)
-        estimates.append(estimate(8, seed=9))
-    assert all(within_noise(one, exact) for one in estimates) and len(set(estimates)) == 5
-    monkeypatch.setattr(theory, "PIECE", 1)  # less than a trial needs
-    assert estimate(8, seed=4, trials=99) == estimate(8, seed=4, trials=99)
+    # the second's blocks are of 7 trials, the last's of one, less than PIECE
+    for dim, piece, trials in ((64, 2**22, TRIALS), (8, 64 * 7, TRIALS), (8, 1, 2000)):
+        monkeypatch.setattr(theory, "PIECE", piece)
+        one = estimate(dim, trials)
+        assert within_noise(one, exact, trials)
+        assert one == estimate(dim, trials) != estimate(dim, trials, seed=2)
 
 
 def test_theory_spread_of_each_class_and_noise_are_the_callers():
@@ -2740,17 +2443,6 @@ def test_theory_spread_of_each_class_and_noise_are_the_callers():
     assert within_noise(theory.simulate((30, 10), means, (5, 10), trials=TRIALS), p)
     quiet = theory.simulate((3, 2), means, 9.0, noise=lambda rng, shape: np.zeros(shape, "f"))
     assert quiet == 1  # without noise the majority always wins
-
-
-def test_theory_arrays_broadcast():
-    alpha, n = np.linspace(0, 1, 4)[:, None], np.array([10, 100, 1000])
-    for formula in (
-        lambda alpha, n: theory.pi_maj(alpha, n, 1, 5, 0),
-        lambda alpha, n: theory.pi_maj_tight(alpha, n, 1, 1, 5, 0.2),
-        lambda alpha, n: theory.pi_maj_multi_any(alpha, n, 4, 1, 5, 0.2),
-    ):
-        grid = formula(alpha, n)
-        assert grid.shape == (4, 3) and math.isclose(grid[2, 1], formula(alpha[2, 0], 100))
 
 
 def test_theory_what_breaks_a_theorems_premise_is_refused():
@@ -2766,20 +2458,16 @@ def test_theory_what_breaks_a_theorems_premise_is_refused():
 RIGHT = dict(vars(theory))
 
 
-@pytest.mark.parametrize(
-    "check, name, wrong",
-    [
-        ("two_classes", "pi_maj", lambda a, n, mu, sigma, cos: 0.9),
-        ("two_classes", "ladder", lambda **s: RIGHT["ladder"](**s)[[0, 1, 3, 2]]),
-        ("more_classes", "multi_ladder", lambda **s: RIGHT["multi_ladder"](**s)[[0, 1, 3, 2, 4]]),
-        ("more_classes", "pi_maj_multi_simple", lambda *args: 0.7),
-        ("more_classes", "pi_maj_multi_bound", lambda *args: 1.0),
-        ("more_classes", "pi_maj_multi_bound", lambda *args: 0.4),
-        ("remarks", "pi_maj_exact", lambda **s: 1 - RIGHT["pi_maj_exact"](**s)),
-        ("remarks", "SWEEPS", dict(a=("a", (0.6, 0.7, 0.8), "falls"))),
-        ("remarks", "SWEEPS", dict(a=("a", (0.1, 0.2, 0.3), "rises, concave"))),
-    ],
-)
+@pytest.mark.parametrize("check, name, wrong", [
+    ("two_classes", "pi_maj", lambda a, n, mu, sigma, cos: 0.9),
+    ("two_classes", "ladder", lambda **s: RIGHT["ladder"](**s)[[0, 1, 3, 2]]),
+    ("more_classes", "multi_ladder", lambda **s: RIGHT["multi_ladder"](**s)[[0, 1, 3, 2, 4]]),
+    ("more_classes", "pi_maj_multi_simple", lambda *args: 0.7),
+    ("more_classes", "pi_maj_multi_bound", lambda *args: 1.0),
+    ("more_classes", "pi_maj_multi_bound", lambda *args: 0.4),
+    ("remarks", "pi_maj_exact", lambda **s: 1 - RIGHT["pi_maj_exact"](**s)),
+    ("remarks", "SWEEPS", dict(a=("a", (0.6, 0.7, 0.8), "falls"))),
+    ("remarks", "SWEEPS", dict(a=("a", (0.1, 0.2, 0.3), "rises, concave")))])
 def test_theory_each_check_can_fail(check, name, wrong, monkeypatch, capsys):
     few = lambda size, *args, **kwargs: RIGHT["random_settings"](300, *args, **kwargs)
     monkeypatch.setattr(theory, "random_settings", few)
@@ -2813,13 +2501,11 @@ def test_theory_command_line(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "every check holds" in out and "FAILS" not in out
     assert re.search(r"counterexample α=0\.0 +0\.99687 .* 0\.84134 VIOLATED", out)
+    assert re.search(r"counterexample α=0\.05 .* VIOLATED", out)
     assert {p.name for p in (tmp_path / "p").iterdir()} == {"pi_maj.png", "bounds.png"}
     (tmp_path / "file").write_text("")
-    for bad, says in (
-        (["--trials", "0"], "trials is 0"),
-        (["--seed", "-1"], "seed -1"),
-        (["--plot", str(tmp_path / "file")], "exists"),
-    ):
+    for bad, says in ((["--trials", "0"], "trials is 0"), (["--seed", "-1"], "seed -1"),
+                      (["--plot", str(tmp_path / "file")], "exists")):
         with pytest.raises(SystemExit) as stopped:
             theory.main(bad)
         err = capsys.readouterr().err
