@@ -690,8 +690,8 @@ def class_folders(root):
         odd = {name for name in names if name.lower() in parts} - {"train"}
     if odd or len(names) < 2:
         what = ", ".join(sorted(odd)) or "fewer than two folders"
-        raise ValueError(f"{tree} holds {what}: it must hold a folder a class, or all of them in "
-                         f"train, and held-out images in val")
+        raise ValueError(f"{root if odd else tree} holds {what}: it must hold a folder a class, or "
+                         f"all of them in train, and held-out images in val")
     return tree, names
 
 
@@ -717,7 +717,7 @@ def load_dataset(name, data=None, image_size=32, train=True):
     """A data set as it comes (not yet long-tailed): uint8 [N, H, W, C], labels [N] int64, list of
     class names. train=False: the held-out images, N = 0 where there are none. Raises ValueError."""
     if name == "folder":
-        check(data is not None, "data", data, "a tree with one folder of images a class")
+        check(data, "data", data, "a tree with one folder of images a class")
         return read_folder(Path(data), image_size, train)
     sizes = (8, 16) if name == "fashion16" else (8, 16, 32)
     check(image_size in sizes, "image_size", image_size, f"one of {sizes} for {name}")
@@ -833,6 +833,7 @@ def draw_batch(data, config, size, step, rank=0):
 def pick_device(name=None):
     """--device, by default the GPU if there is one, torchrun's LOCAL_RANK. Raises ValueError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(name.split(":")[0] in ("cpu", "cuda"), "device", name, "cpu, cuda or cuda:N")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -1089,6 +1090,8 @@ def begin(config, out, data, ema, rows):
     """Write config.json and say what a run trains; remove what an older run left."""
     for name in () if rows else ("log.csv", "merged.pt", "samples.png", "curves.png"):
         (out / name).unlink(missing_ok=True)
+    if rows:
+        write_log(out / "log.csv", rows)
     counts = data.counts.tolist()
     text = json.dumps(dict(options=stored_options(config), classes=data.names, counts=counts),
                       indent=1)
@@ -1220,7 +1223,8 @@ def draw_curves(rows, data, config, path):
                       lw=1, color=color, marker="." if len(rows) < 3 else "",
                       label=plain_text(f"{data.names[k]} ({int(data.counts[k])})"))
         axis.set(title=title, xlabel="step")
-        axis.set_yscale("log", nonpositive="mask")
+        if any(value > 0 for line in axis.lines for value in line.get_ydata()):
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5),
                     title="class (count)", title_fontsize=7)
@@ -1307,9 +1311,9 @@ class Config:
 
     dataset: str = option("fashion16", "images to train on", group="data",
                           choices=list(DATASETS))
-    data: str = option(None, "torchvision's root [default: data], or --dataset folder's tree")
+    data: str = option(None, "torchvision's root [default: data]; a tree, held-out in TREE/val")
     ir: float = option(None, "imbalance ratio, 1: as it comes [default: 100; folder: 1]", 1)
-    n_max: int = option(None, "images in the largest class [default: as many as all have]", 1)
+    n_max: int = option(None, "images in the largest class [default: all, or as the smallest]", 1)
     subset_seed: int = option(0, "draws a class's images; 0 is the published draw", 0, 2**32)
     resample: float = option(1.0, "draw classes with p_c ~ N_c^q: 0.5 is RS (Sec. 4.1)", 0, 11)
     flip: bool = option(None, "horizontal flips [default: off for the fashion data sets]")
@@ -1390,7 +1394,9 @@ class Config:
                 ok = low <= value < below or value == math.inf and field.name == "div_margin"
                 check(ok, field.name, value, f"at least {low}{under}")
         check(self.label_drop <= 1, "label_drop", self.label_drop, "in [0, 1]")
-        check(self.channels % 2 == 0, "channels", self.channels, "even")
+        check(0 < self.rank_ratio <= 1, "rank_ratio", self.rank_ratio, "in (0, 1]")
+        check(self.channels % (2 if self.channels < 128 else 32) == 0, "channels", self.channels,
+              "even, and from 128 on divisible by 32, GroupNorm's groups")
         check(not (self.resume and self.overwrite), "overwrite", True, "left away with --resume")
         check(min(self.multipliers) >= 1, "multipliers", self.multipliers, "at least 1 each")
         stride = 2 ** (len(self.multipliers) - 1)
@@ -1447,6 +1453,7 @@ def check_used(config, typed):
         ignored, where = typed & of_cm, "with --no-cm"
     for name in sorted(ignored):
         raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
+    check(config.out != "", "out", "empty", "a name")
     if config.sample is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--sample is one process's work; type python instead of torchrun")
 

@@ -1384,6 +1384,9 @@ def test_longer_steps_on_resume_equals_the_longer_run_with_its_first_warmup(tmp_
     options = json.loads((tmp_path / "a" / "config.json").read_text())["options"]
     assert options["warmup"] == 7 and options["steps"] == 20
     assert load(tmp_path / "a")["config"]["steps"] == 20
+    (tmp_path / "a" / "log.csv").unlink()
+    run(f"--resume --out {tmp_path / 'a'}")  # at its end; the checkpoint has the rows
+    assert log(tmp_path / "a") == log(tmp_path / "b")
 
 
 def test_overwrite_leaves_nothing_of_the_run_before(finished, tmp_path, monkeypatch):
@@ -1618,7 +1621,6 @@ def snapshot(root):
 
 
 BAD = {  # arguments: what the line must say; {d} is what `bad` makes, {r} a checkpoint there
-    "--steps 0": "--steps is 0; it must be at least 1",
     "--n-max 1001": "--n-max is 1001; it must be less: class 0 has 1000 images, not 1001",
     "--ir 5000": "smallest class empty",
     "--subset-seed -1": "--subset-seed is -1; it must be at least 0 and below 4294967296",
@@ -1630,20 +1632,21 @@ BAD = {  # arguments: what the line must say; {d} is what `bad` makes, {r} a che
     "--channels 15": "--channels is 15",
     "--amp bf16 --device cpu": "left away without a GPU",
     "--device cuda:0": "--device cuda:0 can't be used here",
+    "--device meta": "--device is meta; it must be cpu, cuda or cuda:N",
+    "--out= --overwrite": "--out is empty",
+    "--rank-ratio 7": "--rank-ratio is 7.0; it must be in (0, 1]",
     "--data {d}/one": "it must be left away with fashion16",
     "--dataset folder": "--data is None; it must be a tree with one folder",
     "--dataset folder --data {d}/one --preset small": "holds fewer than two folders",
     "--dataset folder --data {d}/hollow --preset small": "no valid file for the classes b",
     "--dataset fashion --data {d}/short": "short; FashionMNIST is neither whole there nor",
     "--out {d}/run": "is in use; type --resume, --overwrite or another --out",
-    "--out {d}/file": "File exists",
     "--out {d}/none --resume": "checkpoint.pt can't be loaded as a checkpoint.pt: No such file",
     "--out {d}/run --resume --lr 0.5": "--lr is 0.5; it must be 0.003, as",
     "--out {d}/run --resume --overwrite": "--overwrite",
     "--out {d}/run --resume --steps 3": "--steps is 3; it must be at least 40, where",
     "--out {d}/cut --resume": "cut/checkpoint.pt can't be loaded as a checkpoint.pt: truncated",
     "--resample 150": "--resample is 150",
-    "--sample {d}/newer/checkpoint.pt": "that this cm.py wrote",
     "--sample {r} --labels -1": "--labels is (-1,); it must be from 0 to 9",
     "--sample {r} --labels 3 10": "--labels is (3, 10); it must be from 0 to 9",
     "--sample {r} --sample-steps 1001": "--sample-steps is 1001; it must be 1 to 1000 with ddim",
@@ -1660,15 +1663,12 @@ BAD = {  # arguments: what the line must say; {d} is what `bad` makes, {r} a che
 @pytest.fixture(scope="module")
 def bad(finished, tmp_path_factory):
     d = tmp_path_factory.mktemp("bad")
-    (d / "file").write_text("not a checkpoint")
     for name, counts in (("one", {"only": 2}), ("hollow", {"a": 2, "b": 0})):
         make_tree(d / name, counts)
     os.truncate(fashion_files(d / "short") / "FashionMNIST/raw/train-images-idx3-ubyte", 5000)
-    for name in ("run", "cut", "newer"):
+    for name in ("run", "cut"):
         shutil.copytree(finished[0], d / name)
     os.truncate(d / "cut" / "checkpoint.pt", 9000)
-    state = load(d / "newer")
-    torch.save(state | {"config": state["config"] | {"colour": 1}}, d / "newer" / "checkpoint.pt")
     return d
 
 
