@@ -291,7 +291,7 @@ def test_folder_takes_no_part_of_a_set_for_a_class(tmp_path, folders, says):
     if isinstance(says, list):
         assert cm.load_dataset("folder", tmp_path, 8)[2] == says
         return
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=f"{tmp_path} {says}"):
         cm.load_dataset("folder", tmp_path, 8)
 
 
