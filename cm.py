@@ -8,8 +8,8 @@
     torchrun --nproc-per-node 4 cm.py --dataset cifar100   # several GPUs (--nnodes: machines)
 
 The method comes first: Eq. (1) capacity reservation, Eqs. (3) and (2) the loss, the diffusion
-process, base losses, Eq. (4) and one training step, sampling. Numbers are the paper's. C is the
-number of channels in [B, C, H, W], else of classes; labels are 0..C-1 in the data set's own order.
+process, base losses, Eq. (4) and one training step, sampling. Equations, sections and tables are
+the paper's. In [B, C, H, W] C is channels, else classes; labels 0..C-1 are the data set's own.
 """
 
 import argparse
@@ -45,8 +45,8 @@ T = 1000  # diffusion steps (Sec. G.1)
 class LowRankReserved(nn.Module):
     """A Conv2d or Linear whose weight is W_g + BA, or W_g alone inside `general_only` (Eq. 1).
 
-    `layer` holds W_g (and the bias) and is called with its weight replaced, so that a forward of
-    its own and hooks go on working. B [d, r] starts at zero and A [r, k] at random, as in LoRA, so
+    `layer` holds W_g and the bias, and is called with its weight replaced: its own forward and its
+    hooks go on working. B [d, r] starts at zero and A [r, k] at random, as in LoRA, so
     training starts from the plain layer; unlike LoRA's, W_g is trained too, and BA has no factor.
     d, k and the rank r are `matrix_and_rank`'s. `weight` and `bias` read as on the plain layer."""
 
@@ -89,7 +89,7 @@ def reserve_capacity(module, rank_ratio=0.1, where=None):
     """Replace Conv2d and Linear layers inside `module`, in place, by LowRankReserved ones (Eq. 1).
 
     `where(layer)` says which, by default all of them. A layer whose rank (`matrix_and_rank`)
-    wouldn't be below min(d, k) stays whole. Returns the module (a bare layer comes back wrapped).
+    wouldn't be below min(d, k) gets no BA. Returns the module (a bare layer comes back wrapped).
     Raises ValueError where a layer is out of BA's reach, and if none is left. (Sec. 3.1, G.1)"""
     check(0 < rank_ratio <= 1, "rank_ratio", rank_ratio, "in (0, 1]")
     if reserved_layers(module):
@@ -898,7 +898,7 @@ def locked(out):
 def load_checkpoint(path):
     """(the dict that training saved, its Config). Raises ValueError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return state, Config(**state["config"])
     except Exception as e:  # torch.load raises nearly anything on a broken file
         unread = getattr(e, "filename", None)  # else the system's word on a truncated file misleads
@@ -1078,8 +1078,9 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
             progress.set_postfix_str(f"base {rows[-1]['base']:.4f}", refresh=False)
             if rank == 0:
                 write_log(out / "log.csv", rows)
+            # with a row, never between two, since it holds no sums: the first from a multiple on
             if rank == 0 and (last or step % config.checkpoint_every < config.log_every):
-                save()  # with a row, never between two: it holds no sums
+                save()
         if rank == 0:
             report(ema, data, config, rows, out)
     if dist.is_initialized():
@@ -1164,7 +1165,7 @@ def report(ema, data, config, rows, out):
 
 
 def given(config, y, guidance):
-    """What a trained network is given of labels y and a guidance: nothing where it knows none."""
+    """Labels and guidance as a network gets them: none where it was trained without labels."""
     return (y, guidance) if config.label_drop < 1 else (torch.full_like(y, -1), 0.0)
 
 

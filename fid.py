@@ -154,8 +154,8 @@ class Inception(nn.Module):
         super().__init__()
         self.net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
                                                    transform_input=False, init_weights=False)
-        # files from an older PyTorch lack num_batches_tracked, as a plain dict may
-        self.net.load_state_dict({k: v for k, v in state.items() if "num_batches" not in k})
+        # a plain dict may lack num_batches_tracked, as files from an older PyTorch do
+        self.net.load_state_dict(dict(state))
         self.net.eval().requires_grad_(False)
         for block in self.net.children():
             if hasattr(block, "branch_pool") and block is not self.net.Mixed_7c:
@@ -321,7 +321,7 @@ def cached(directory, kind, key, make):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         cm.write_atomically(path, lambda p: torch.save(kept, p))
-    except (OSError, RuntimeError) as e:  # the latter is PyTorch's
+    except OSError as e:
         print(f"{path} can't be kept ({e}); --cache names another directory", file=sys.stderr)
     return kept["result"]
 
