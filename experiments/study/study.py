@@ -105,7 +105,7 @@ def measure(run, points, flags, runs, num_images, commit):
         status = common.run(options_of(run, flags), directory / "run",
                             losses=ARMS[run.arm].losses, network=ARMS[run.arm].network)
         device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
-                  f"CPU, {torch.get_num_threads()} thread") + ", compiled" * ("--compile" in flags)
+                  f"CPU, {torch.get_num_threads()} thread")
         row = run._asdict() | dict(status=status or "finished", device=device, commit=commit,
                                    options=recorded(run, flags, num_images))
         if status:
@@ -124,8 +124,7 @@ def recorded(run, flags, num_images):
     """The column options: what the runs of an arm share; of one given twice the last counts."""
     options = " ".join([*options_of(run, flags), "--num-images", str(num_images)])
     last = {option.split(" ")[0]: option for option in re.split(" (?=--)", options)}
-    how = ("--seed", "--subset-seed", "--data", "--device", "--compile")  # not what is trained
-    return common.settings(last.values(), how)
+    return common.settings(last.values(), ("--seed", "--subset-seed", "--data", "--device"))
 
 
 def sample(run, point, directory, num_images):
