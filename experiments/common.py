@@ -135,13 +135,6 @@ def run(flags, out, **made_of):
     return ""
 
 
-def save_samples(path, images, labels, counts, **how):
-    """An .npz as cm.py --sample writes it, for fid.py: uint8 images [N, H, W, C], labels [N]; how:
-    guidance, sampler and sample_steps."""
-    cm.write_atomically(path, lambda temporary: np.savez(
-        temporary, arr_0=images, arr_1=labels, counts=counts, **how))
-
-
 # ------------------------------------------------------------------------------------------------
 # Statistics, tables, pictures
 
@@ -225,25 +218,18 @@ def judge(images, labels, test, num_classes, device, directory, seed=0):
 
 
 def interruptible(main):
-    """A script's main(argv): Ctrl-C ends it in one line and status 130, bad input, a ValueError or
-    an OSError, in one line and status 2."""
+    """A script's main(argv): Ctrl-C ends it in one line and status 130; bad input and a run that
+    runs off, a ValueError, OSError or FloatingPointError, in one line and status 2."""
     def ended(argv=None):
         try:
             return main(argv)
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, FloatingPointError) as e:
             cm.fail(e)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on", file=sys.stderr)
             sys.exit(130)
 
     return ended
-
-
-class Seeds(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        if min(values) < 0 or max(values) >= 2**31 or len(set(values)) < len(values):
-            parser.error("--seeds must be different numbers from 0 on, below 2^31")
-        namespace.seeds = values
 
 
 def parser(file, doc, rows=True, seeds=()):
@@ -262,7 +248,7 @@ def parser(file, doc, rows=True, seeds=()):
         new.add_argument("--table", action="store_true", help="run nothing; show the table, and "
                          "draw the picture if what it is made of is here")
     if seeds:
-        new.add_argument("--seeds", type=int, nargs="+", default=list(seeds), action=Seeds,
+        new.add_argument("--seeds", type=int, nargs="+", default=list(seeds),
                          help=f"a run each [default: {' '.join(map(str, seeds))}]")
         new.add_argument("--runs", type=Path, default=Path("runs") / name,
                          help="where checkpoints and samples lie")

@@ -109,18 +109,15 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=60, help="[default: 60]")
     args, flags = parser.parse_known_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads
-    try:
-        flags, config, _ = common.configured(flags, UNUSED, used=("image_size", "device"))
-        if not args.table:
-            data = classifiers.read(config)
-            options = f"{common.settings(flags)} --epochs {args.epochs}"
-            keys = [{"base": base, "method": method, "seed": seed} for seed, base, method
-                    in itertools.product(args.seeds, classifiers.BASES, METHODS)]
-            classifiers.study(args, options, keys, functools.partial(
-                measure, config=config, data=data, epochs=args.epochs))
-        print(table(by_method(common.read_table(args.rows, ["base", "method"]))))
-    except (ValueError, OSError) as e:
-        cm.fail(e)
+    flags, config, _ = common.configured(flags, UNUSED, used=("image_size", "device"))
+    if not args.table:
+        data = classifiers.read(config)
+        options = f"{common.settings(flags)} --epochs {args.epochs}"
+        keys = [{"base": base, "method": method, "seed": seed} for seed, base, method
+                in itertools.product(args.seeds, classifiers.BASES, METHODS)]
+        classifiers.study(args, options, keys, functools.partial(
+            measure, config=config, data=data, epochs=args.epochs))
+    print(table(by_method(common.read_table(args.rows, ["base", "method"]))))
 
 
 if __name__ == "__main__":

@@ -160,22 +160,19 @@ def main(argv=None):
                         help="SGD steps of each classifier [default: 2000]")
     args, flags = parser.parse_known_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads
-    try:
-        flags, config, _ = common.configured(flags, UNUSED, steps="6000")
-        if not args.table:
-            setup = Setup(args, config, flags, classifiers.read(config))
-            options = (f"{common.settings(flags)} --classifier-steps {args.classifier_steps} "
-                       f"--generator-seeds {args.generator_seeds}")
-            settings = [*((name, "") for name in ALONE), *itertools.product(GENERATORS, GUIDANCE)]
-            keys = [{"setting": setting, "guidance": w, "seed": seed}
-                    for seed in args.seeds for setting, w in settings]
-            classifiers.study(args, options, keys, setup.measure)
-        rows = common.read_table(args.rows, ["setting", "guidance", *SHOWN])
-        runs = by_setting(common.numbers(rows, ("setting", "options")))
-        print(table(runs))
-        draw(runs, args.assets / "downstream.png")
-    except (ValueError, OSError, FloatingPointError) as e:
-        cm.fail(e)
+    flags, config, _ = common.configured(flags, UNUSED, steps="6000")
+    if not args.table:
+        setup = Setup(args, config, flags, classifiers.read(config))
+        options = (f"{common.settings(flags)} --classifier-steps {args.classifier_steps} "
+                   f"--generator-seeds {args.generator_seeds}")
+        settings = [*((name, "") for name in ALONE), *itertools.product(GENERATORS, GUIDANCE)]
+        keys = [{"setting": setting, "guidance": w, "seed": seed}
+                for seed in args.seeds for setting, w in settings]
+        classifiers.study(args, options, keys, setup.measure)
+    rows = common.read_table(args.rows, ["setting", "guidance", *SHOWN])
+    runs = by_setting(common.numbers(rows, ("setting", "options")))
+    print(table(runs))
+    draw(runs, args.assets / "downstream.png")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ It has no command line."""
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -39,14 +40,17 @@ def fit(net, loss, path, options, steps, seed, lr, warmup=1, ema=0.9999, weight_
 
 
 def sample(file, images, data, number, seed, batch=250, **how):
-    """Write `number` images, as many of each class, for fid.py. images(y, seeds): [B, C, H, W] in
-    [-1, 1] of labels and a seed each, which are the same for all methods."""
+    """Write `number` images, as many of each class, as cm.py --sample does, for fid.py.
+
+    images(y, seeds): [B, C, H, W] in [-1, 1] of labels and a seed each, which are the same for all
+    methods; how: guidance, sampler and sample_steps."""
     y = torch.arange(number, device=data.images.device) % len(data.names)
     seeds = [cm.hashed_seed("image", seed, i) for i in range(number)]
     parts = [cm.to_uint8(images(y[i:i + batch], seeds[i:i + batch])).cpu()
              for i in tqdm(range(0, number, batch), f"sampling {file.stem}")]
     pixels = torch.cat(parts).permute(0, 2, 3, 1)
-    common.save_samples(file, pixels, y.cpu(), data.counts.cpu(), **how)
+    arrays = dict(arr_0=pixels, arr_1=y.cpu(), counts=data.counts.cpu(), **how)
+    cm.write_atomically(file, lambda path: np.savez(path, **arrays))
 
 
 def scores(file, config, device, cache, names):

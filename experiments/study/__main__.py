@@ -11,7 +11,6 @@ what has its row is never run again. README.md beside this file says what a row 
 import os
 from pathlib import Path
 
-import cm
 from experiments import common
 from experiments.study import study, tables
 
@@ -24,16 +23,13 @@ def main(argv=None):
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where runs lie")
     parser.add_argument("--num-images", type=int, default=2500, help="generated images a row")
     args, flags = parser.parse_known_args(argv)
-    try:
-        if args.table and flags:
-            raise ValueError(f"{flags[0]} has no meaning beside --table")
-        if not args.table:
-            study.study(args.stage, args.rows, args.runs, flags, args.jobs, args.num_images)
-        rows = common.numbers(common.read_table(args.rows, study.KEY), study.WORDS)
-        print(tables.everything(rows))
-        tables.draw(rows, args.assets)
-    except (ValueError, OSError) as e:
-        cm.fail(e)
+    if args.table and flags:
+        raise ValueError(f"{flags[0]} has no meaning beside --table")
+    if not args.table:
+        study.study(args.stage, args.rows, args.runs, flags, args.jobs, args.num_images)
+    rows = common.numbers(common.read_table(args.rows, study.KEY), study.WORDS)
+    print(tables.everything(rows))
+    tables.draw(rows, args.assets)
 
 
 if __name__ == "__main__":

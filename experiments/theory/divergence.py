@@ -1,8 +1,8 @@
 """Why Eq. (2) runs off, and what w_div = 0.2 and the fuse do about it.
 
     python -m experiments.theory.divergence            # what has no row yet
-    python -m experiments.theory.divergence --table    # only the table; assets/divergence.png where
-                                                       # --runs has the logs
+    python -m experiments.theory.divergence --table    # only the table
+
 Where a class's weight w is negative, L_CM has no lower bound in eps_theta_g, and where 1 + lam w is
 not positive either, the loss has none in eps_theta. So CM is trained with w_div 1 (Eq. 2 as
 printed) and 0.2 (the authors' code), without a fuse (inf, as the authors) and with ours, 0.1. A run
@@ -13,8 +13,6 @@ Options that aren't its own go to cm.py. Rows: divergence.csv.
 """
 
 import itertools
-
-from matplotlib.figure import Figure
 
 import cm
 from experiments import common
@@ -39,14 +37,6 @@ def keys(seeds):
             yield dict(zip(KEY, (setting, *values, seed), strict=True))
 
 
-def directory(key, runs):
-    return runs / "-".join(str(value) for value in key.values())
-
-
-def read_log(key, runs):
-    return common.numbers(common.read_rows(directory(key, runs) / "log.csv"), ())
-
-
 def first(log, where):
     """The step of the first row of a log at which `where` holds."""
     return int(log["step"][where].iloc[0]) if where.any() else "never"
@@ -54,12 +44,13 @@ def first(log, where):
 
 def measure(key, runs, flags):
     """A row: train, or go on."""
+    directory = runs / "-".join(map(str, key.values()))
     n_max, _, _, own = SETTINGS[key["setting"]]
     own = [*own, "--n-max", n_max, "--ir", key["IR"], "--w-div", key["w_div"], "--lr", key["lr"],
            "--div-margin", key["fuse"], "--seed", key["seed"]]
-    end = common.run([*flags, *map(str, own)], directory(key, runs))
+    end = common.run([*flags, *map(str, own)], directory)
     row = key | {"n_max": n_max, "end": end or "finished"} | dict.fromkeys(MEASURED, "–")
-    log = read_log(key, runs)
+    log = common.numbers(common.read_rows(directory / "log.csv"), ())
     if len(log):  # else it ran off before there was a row
         doubled = log["base"] > 2 * log["base"].cummin()
         found = (first(log, log["d_Few"] > ABOVE), first(log, doubled),
@@ -90,34 +81,6 @@ def table(rows):
     return common.markdown(of[["seed", *MEASURED, "end"]].agg(", ".join).reset_index())
 
 
-def draw(seed, runs, path):
-    """d on Few (top) and the base loss (bottom) over steps, without and with the fuse; nothing
-    where a log is lacking."""
-    shown = {}  # {title: the keys of its runs}
-    for key in keys([seed]):
-        if key["IR"] == 100 and key["lr"] == RATES[0]:
-            title = f"{key['setting']}, w_div {key['w_div']}, lr {key['lr']}"
-            shown.setdefault(title, []).append(key)
-            if not (directory(key, runs) / "log.csv").is_file():
-                return
-    figure = Figure(figsize=(3.2 * len(shown) + 1, 5.2), layout="constrained")
-    axes = figure.subplots(2, len(shown), squeeze=False, sharey="row")
-    for i, (title, pair) in enumerate(shown.items()):
-        for key, line in zip(pair, ("C3-", "C0--"), strict=True):
-            log = read_log(key, runs)
-            for axis, column in zip(axes[:, i], ("d_Few", "base"), strict=True):
-                axis.plot(log["step"], log[column], line, lw=1, label=f"fuse {key['fuse']}")
-        axes[0, i].set(title=title)
-        axes[1, i].set(xlabel="step")
-    axes[0, 0].set(ylabel="d = ‖ε_θ − ε_θg‖², Few")
-    axes[1, 0].set(ylabel="base loss")
-    for axis in axes.flat:
-        axis.set(yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    common.save(figure, path)
-
-
 @common.interruptible
 def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(20, 21, 22))
@@ -125,7 +88,6 @@ def main(argv=None):
     if not args.table:
         study(args, flags)
     print(table(common.read_table(args.rows, [*KEY, *MEASURED])))
-    draw(args.seeds[0], args.runs, args.assets / "divergence.png")
 
 
 if __name__ == "__main__":
