@@ -22,6 +22,7 @@ import json
 import math
 import os
 import sys
+from collections import OrderedDict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -33,6 +34,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision import transforms
 from tqdm import tqdm
 
 T = 1000  # diffusion steps (Sec. G.1)
@@ -424,18 +426,14 @@ def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0,
 # Network: the DDPM UNet of the code that the paper builds on
 
 
-def conv(cin, cout, kernel=3, stride=1, gain=1.0):
-    layer = nn.Conv2d(cin, cout, kernel, stride, kernel // 2)
+def initialised(layer, gain=1.0):
     nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def linear(cin, cout):
-    layer = nn.Linear(cin, cout)
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+def conv(cin, cout, kernel=3, stride=1, gain=1.0):
+    return initialised(nn.Conv2d(cin, cout, kernel, stride, kernel // 2), gain)
 
 
 def norm(channels):
@@ -464,7 +462,8 @@ class ResBlock(nn.Module):
     def __init__(self, cin, cout, emb_dim, dropout, attention):
         super().__init__()
         self.block1 = nn.Sequential(norm(cin), nn.SiLU(), conv(cin, cout))
-        self.emb_proj = nn.Sequential(nn.SiLU(), linear(emb_dim, cout))
+        self.emb_proj = nn.Sequential(nn.SiLU(),
+                                      initialised(nn.Linear(emb_dim, cout)))
         self.block2 = nn.Sequential(norm(cout), nn.SiLU(), nn.Dropout(dropout),
                                     conv(cout, cout, gain=1e-5))
         self.shortcut = conv(cin, cout, 1) if cin != cout else nn.Identity()
@@ -473,15 +472,6 @@ class ResBlock(nn.Module):
     def forward(self, x, emb):
         h = self.block1(x) + self.emb_proj(emb)[:, :, None, None]
         return self.attention(self.block2(h) + self.shortcut(x))
-
-
-class Up(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv(channels, channels)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class UNet(nn.Module):
@@ -494,8 +484,8 @@ class UNet(nn.Module):
                  multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1):
         super().__init__()
         self.channels, emb_dim = channels, 4 * channels
-        self.time_embedding = nn.Sequential(linear(channels, emb_dim), nn.SiLU(),
-                                            linear(emb_dim, emb_dim))
+        self.time_embedding = nn.Sequential(initialised(nn.Linear(channels, emb_dim)), nn.SiLU(),
+                                            initialised(nn.Linear(emb_dim, emb_dim)))
         self.label_embedding = nn.Embedding(num_classes, emb_dim)
         attends = [image_size >> level in attention for level in range(len(multipliers))]
 
@@ -522,7 +512,8 @@ class UNet(nn.Module):
                 self.decoder.append(block)
                 width = channels * multiplier
             if level > 0:
-                self.decoder.append(Up(width))
+                self.decoder.append(nn.Sequential(OrderedDict(
+                    up=nn.Upsample(scale_factor=2), conv=conv(width, width))))
         self.decoder.append(nn.Sequential(norm(width), nn.SiLU(),
                                           conv(width, image_channels, gain=1e-5)))
 
@@ -696,14 +687,10 @@ def class_folders(root):
 
 
 def read_folder(root, size, train):
-    """An image tree: uint8 [N, size, size, 3], labels, class names. Raises ValueError."""
-    def square(image):  # the shorter side is resized, then the centre cropped
-        scale = size / min(image.size)
-        sides = [max(size, round(s * scale)) for s in image.size]
-        image = image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        return np.asarray(image.crop((left, top, left + size, top + size)))
-
+    """An image tree: uint8 [N, size, size, 3], the shorter side resized, then the centre cropped;
+    labels, class names. Raises ValueError."""
+    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
+    square = transforms.Compose([resize, transforms.CenterCrop(size), np.asarray])
     tree, names = class_folders(root)
     files, labels = list_images(tree if train else root / "val", names)
     empty = [name for label, name in enumerate(names) if label not in labels]
@@ -961,12 +948,6 @@ def write_log(path, rows):
     write_atomically(path, lambda p: p.write_text("\n".join(lines) + "\n"))
 
 
-def stored_options(config):
-    """What config.json and checkpoints hold: how a run is trained."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
-            if field.metadata["group"] != "sampling" and field.name not in ("resume", "overwrite")}
-
-
 def prepare_run(config, typed):
     """The configuration and the checkpoint (or None) that a run starts from. Raises ValueError."""
     out = Path(config.out)
@@ -1040,7 +1021,7 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
 
     def save():
         saved = {name: part.state_dict() for name, part in parts.items()}
-        saved |= dict(config=stored_options(config), names=names, counts=counts, step=step,
+        saved |= dict(config=vars(config), names=names, counts=counts, step=step,
                       rows=rows)
         write_atomically(out / "checkpoint.pt", lambda path: torch.save(saved, path))
 
@@ -1094,7 +1075,7 @@ def begin(config, out, data, ema, rows):
     if rows:
         write_log(out / "log.csv", rows)
     counts = data.counts.tolist()
-    text = json.dumps(dict(options=stored_options(config), classes=data.names, counts=counts),
+    text = json.dumps(dict(options=vars(config), classes=data.names, counts=counts),
                       indent=1)
     write_atomically(out / "config.json", lambda path: path.write_text(text))
     size = sum(p.numel() for p in merge(ema).parameters()) / 1e6
@@ -1310,8 +1291,7 @@ def option(default, help, low=None, below=math.inf, group=None, **extra):
 class Config:
     """Every option of a run. `config.json` in the run directory holds it, presets filled in."""
 
-    dataset: str = option("fashion16", "images to train on", group="data",
-                          choices=list(DATASETS))
+    dataset: str = option("fashion16", "images to train on", group="data", choices=list(DATASETS))
     data: str = option(None, "torchvision's root [default: data]; a tree, held-out in TREE/val")
     ir: float = option(None, "imbalance ratio, 1: as it comes [default: 100; folder: 1]", 1)
     n_max: int = option(None, "images in the largest class [default: all, or as the smallest]", 1)
@@ -1367,10 +1347,6 @@ class Config:
     guidance: float = option(1.5, "w in eps_c + w (eps_c - eps_null); 0: off", 0)
     general_only: bool = option(False, "sample theta_g, without BA (Tab. 7)")
     sample_batch: int = option(250, "images at a time", 1)
-
-    def __post_init__(self):  # argparse and JSON make lists
-        for name, value in vars(self).items():
-            setattr(self, name, tuple(value) if isinstance(value, list) else value)
 
     def resolved(self):
         """A copy with every preset-dependent field filled in. Raises ValueError on nonsense."""
@@ -1438,7 +1414,8 @@ def parse(argv):
                 extra.setdefault("nargs", "+")
         flag = "--" + field.name.replace("_", "-")
         sections[group].add_argument(flag, default=argparse.SUPPRESS, help=text, **extra)
-    typed = vars(parser.parse_args(argv))
+    typed = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items()}
     return Config(**typed), set(typed)
 
 

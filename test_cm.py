@@ -229,7 +229,7 @@ def test_folder_keeps_its_counts_and_its_held_out_images_apart(tmp_path):
     assert data.held_out_labels.tolist() == [1, 1] and data.held_out_name == "held-out"
     # the shorter side is resized, then the centre cropped
     file = tree / "cat" / "0.png"
-    small = Image.open(file).resize((13, 8), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    small = Image.open(file).resize((13, 8), Image.Resampling.BICUBIC)
     assert (data.images[12].permute(1, 2, 0).numpy() == np.asarray(small)[:, 2:10]).all()
 
 
