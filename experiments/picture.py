@@ -1,14 +1,12 @@
 """The README's pictures that no run of cm.py draws.
 
     python -m experiments.picture                 # assets/weights.png: the weights by class
-    python cm.py --steps 6000 --no-cm --out runs/plain
-    python cm.py --steps 6000 --out runs/cm
-    python -m experiments.picture --rare runs/plain/checkpoint.pt runs/cm/checkpoint.pt
+    python -m experiments.picture --samples runs/study/large-{DDPM,CM}-21/2500-samples-θ-g0.npz
+                                                  # assets/study_samples.png, of runs of the study
 """
 
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 import cm
@@ -35,38 +33,26 @@ def draw_weights(path, ir=100, lam=1.0):
     common.save(figure, path)
 
 
-def draw_rare(plain_checkpoint, cm_checkpoint, path, columns=8):
-    """A frequent class above the rare ones from the same noise: real, plain DDPM, CM, CM's theta_g;
-    guided as cm.py's samples. Raises ValueError unless the first run is without CM."""
-    plain_config, plain, _ = cm.load_trained(plain_checkpoint)
-    config, unet, counts = cm.load_trained(cm_checkpoint)
-    if config.no_cm or not plain_config.no_cm:
-        raise ValueError(f"{plain_checkpoint} must be a run with --no-cm, {cm_checkpoint} without")
-    data, classes = cm.Data(config), cm.splits(counts)
-    shown = [int(classes["Many"][0]), *map(int, classes["Few"])]
-    y = torch.tensor(shown).repeat_interleave(columns)
-    seeds = [cm.hashed_seed("image", config.seed, i) for i in range(len(y))]
-
-    def generated(network):
-        shape = data.images.shape[1:]
-        return cm.to_uint8(cm.sample(network, y, shape, guidance=config.guidance, seeds=seeds))
-
-    panels = {"real": data.first(shown, columns), "plain DDPM": generated(plain),
-              "CM": generated(cm.merge(unet))}
-    with cm.general_only(unet):
-        panels["CM's θ_g, without BA"] = generated(cm.merge(unet))
-    cm.draw_panels(panels, [f"{data.names[k]}  {counts[k]}" for k in shown], path)
+def draw_samples(files, path, columns=6):
+    """The most frequent class above the rare ones: real images, then those of the study's .npz
+    `files`, which start from the same noise where their runs have one seed. Raises ValueError."""
+    config = cm.load_checkpoint(files[0].parent / "run" / "checkpoint.pt")[1]
+    data = cm.Data(config)
+    splits = cm.splits(data.counts)
+    titles = (file.parent.name.split("-")[1:-1] for file in files)  # large-agreement-alone-21
+    named = {" ".join(title): file for title, file in zip(titles, files, strict=True)}
+    common.draw_samples(data, named, [splits["Many"][0], *splits["Few"]], path, columns)
 
 
 @common.interruptible
 def main(argv=None):
     parser = common.parser(__file__, __doc__, rows=False)
-    parser.add_argument("--rare", type=Path, nargs=2, metavar="CHECKPOINT",
-                        help="draw rare.png, of a run with --no-cm and of the same run with CM")
+    parser.add_argument("--samples", type=Path, nargs="+", metavar="NPZ",
+                        help="draw study_samples.png of these, in the study's directories")
     parser.add_argument("--assets", type=Path, default=common.ASSETS, help="where pictures go")
     args = parser.parse_args(argv)
-    if args.rare:
-        draw_rare(*args.rare, args.assets / "rare.png")
+    if args.samples:
+        draw_samples(args.samples, args.assets / "study_samples.png")
     else:
         draw_weights(args.assets / "weights.png")
 

@@ -70,8 +70,7 @@ def test_committed_rows_are_rewritten_to_the_byte(path, tmp_path):
     ("theory/pruning.py", "none.pt", "can't be loaded"),
     ("theory/assumptions.py", "--trials 5", "unrecognized arguments"),
     ("benchmark.py", "--preset huge", "invalid choice"),
-    ("picture.py", "--rare one.pt", "expected 2 arguments"),
-    ("picture.py", "--rare none.pt none.pt", "can't be loaded")])
+    ("picture.py", "--samples none.npz", "can't be loaded")])
 def test_bad_input_is_one_line_and_status_2(script, arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     own = ["--rows", "rows.csv", "--assets", "."] if HERE / script in WITH_ROWS else []
@@ -296,32 +295,23 @@ def test_benchmark_in_a_miniature(capsys, monkeypatch):
     assert len(rows) == 4 and abs(ratio / (b / a) - 1) < 0.1
 
 
-def test_picture_is_guided_and_of_one_noise(tmp_path, monkeypatch):
+def test_picture_shows_the_studys_samples_of_the_most_frequent_and_the_rare_classes(
+        tmp_path, monkeypatch):
     from experiments import picture
-    networks, seen, panels = {}, [], []
-    for no_cm in (True, False):
-        config = cm.Config(image_size=8, channels=8, ir=10, n_max=50, seed=3, no_cm=no_cm)
-        networks[no_cm] = config.resolved(), cm.make_unet(config.resolved(), 10, 1), [50] * 10
-    for layer in cm.reserved_layers(networks[False][1]):
-        layer.B.data.fill_(0.1)
-
-    def sample(net, y, shape, **how):
-        seen.append((net.decoder[0].block1[2].weight, y.tolist(), how))
-        return torch.zeros(len(y), *shape)
-
-    monkeypatch.setattr(cm, "load_trained", networks.get)
-    monkeypatch.setattr(cm, "sample", sample)
-    monkeypatch.setattr(cm, "draw_panels", lambda *drawn: panels.append(drawn[0]))
-    picture.draw_rare(True, False, tmp_path / "x.png", columns=2)
-    seeds = [cm.hashed_seed("image", 3, i) for i in range(10)]
-    for _, y, how in seen:  # the most frequent class and Few
-        assert y == [0, 0, 6, 6, 7, 7, 8, 8, 9, 9] and how == dict(guidance=1.5, seeds=seeds)
-    plain, reserved = (networks[no_cm][1].decoder[0].block1[2] for no_cm in (True, False))
-    expected = plain.weight, reserved.weight, reserved.layer.weight
-    assert all(torch.equal(ours, e) for (ours, *_), e in zip(seen, expected, strict=True))
-    assert len(panels[0]) == 4
-    with pytest.raises(ValueError, match="--no-cm"):
-        picture.draw_rare(False, True, tmp_path / "x.png")
+    panels, files = [], []
+    monkeypatch.setattr(cm, "draw_panels", lambda *drawn: panels.append(drawn))
+    config = cm.Config(image_size=8, ir=10, n_max=50).resolved()
+    for value, arm in enumerate(("CM", "agreement-alone")):
+        files.append(tmp_path / f"large-{arm}-20" / "samples.npz")
+        (files[-1].parent / "run").mkdir(parents=True)
+        torch.save(dict(config=vars(config)), files[-1].parent / "run" / "checkpoint.pt")
+        np.savez(files[-1], arr_1=np.arange(30) % 10,
+                 arr_0=np.full((30, 8, 8, 1), value, np.uint8))
+    picture.main(["--samples", *map(str, files), "--assets", str(tmp_path)])
+    (shown, names, path), = panels
+    assert list(shown) == ["real", "CM", "agreement alone"] and path.parent == tmp_path
+    assert [name.split()[-1] for name in names] == ["50", "10", "8", "6", "5"]
+    assert [panel.unique().tolist() for panel in list(shown.values())[1:]] == [[0], [1]]
 
 
 def test_fashion16_is_what_debians_files_make(tmp_path):
