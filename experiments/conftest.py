@@ -1,12 +1,18 @@
-"""What several scripts' tests share."""
+"""What several chapters' tests share."""
 
 import functools
 import itertools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # whatever pytest's import mode
 import cm
+
+torch.set_num_threads(1)  # pytest -n 2 runs two processes; results repeat with as many threads
 
 
 @pytest.fixture
@@ -28,20 +34,41 @@ def fewer_images(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
-def kills_at(monkeypatch):
-    """kills_at(call, function): `function`, of which the call of that number is Ctrl-C. Before it
-    common.train writes a checkpoint after every step."""
+def stopped_and_whole(tmp_path, monkeypatch, capsys):
+    """stopped_and_whole(main, args, *kills): what main(args) prints, after a check that it prints
+    and leaves the same where Ctrl-C stopped it, at the call of that number of each kill's function,
+    (module, name, number), and that it does nothing twice. The last run's directory stays."""
     from experiments import common  # it needs pandas, which the exercises don't
     monkeypatch.setattr(common, "train", functools.partial(common.train, every=1))
 
-    def make(call, function):
+    def killed(function, at):
         calls = itertools.count(1)
 
-        def killed(*args):
-            if next(calls) == call:
+        def called(*args):
+            if next(calls) == at:
                 raise KeyboardInterrupt
             return function(*args)
 
-        return killed
+        return called
 
-    return make
+    def both(main, args, *kills):
+        results = []
+        for name, stops in (("whole", ()), ("stopped", kills)):
+            (tmp_path / name).mkdir()
+            monkeypatch.chdir(tmp_path / name)
+            for module, function, number in stops:
+                with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+                    patch.setattr(module, function, killed(getattr(module, function), number))
+                    main(args)
+            main(args)
+            capsys.readouterr()
+            with monkeypatch.context() as patch:
+                for module, function, _ in kills:
+                    patch.setattr(module, function, None)
+                main(args)
+            left = [p for kind in ("*.csv", "*.png", "**/*.npz") for p in Path().glob(kind)]
+            results.append((capsys.readouterr().out, {p: p.read_bytes() for p in left}))
+        assert results[0] == results[1] and Path("rows.csv") in left
+        return results[0][0]
+
+    return both

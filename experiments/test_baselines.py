@@ -2,8 +2,6 @@
 
 import copy
 import math
-import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -12,11 +10,9 @@ import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # whatever pytest's import mode
 import cm
 from experiments import baselines
 
-torch.set_num_threads(1)  # results repeat with as many threads
 MINIATURE = ["--channels", "8", "--multipliers", "1", "2", "--image-size", "8", "--batch-size", "8",
              "--rank-ratio", "0.5", "--warmup", "1", "--log-every", "2", "--device", "cpu"]
 COUNTS = [5, 40, 2, 10]  # Many: 1, Medium: 3, Few: 0 and 2

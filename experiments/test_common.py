@@ -5,23 +5,18 @@ import importlib
 import inspect
 import math
 import re
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # whatever pytest's import mode
 import cm
+from experiments import baselines, benchmark, common, make_fashion16, picture
 
-pd = pytest.importorskip("pandas")
-pytest.importorskip("tabulate")
-from experiments import common  # noqa: E402
-
-torch.set_num_threads(1)  # pytest -n 2 runs two processes; results repeat with as many threads
 HERE = Path(__file__).parent
 MINIATURE = ["--channels", "8", "--multipliers", "1", "2", "--image-size", "8",
              "--batch-size", "8", "--warmup", "1", "--log-every", "2"]
@@ -69,9 +64,13 @@ def test_committed_rows_are_rewritten_to_the_byte(path, tmp_path):
     ("theory/pruning.py", "", "type the checkpoint.pt"),
     ("theory/pruning.py", "none.pt", "can't be loaded"),
     ("theory/assumptions.py", "--trials 5", "unrecognized arguments"),
-    ("benchmark.py", "--preset huge", "invalid choice"),
-    ("picture.py", "--rare one.pt", "expected 2 arguments"),
-    ("picture.py", "--rare none.pt none.pt", "can't be loaded")])
+    ("picture.py", "--rare none.pt none.pt", "can't be loaded"),
+    ("settings/finetune/__main__.py", "--rank-ratio 0.1", "--rank-ratio has no meaning"),
+    ("settings/finetune/__main__.py", "--pretrained none --data . --prompt x", "--prompt is x"),
+    ("settings/finetune/__main__.py", "--pretrained none --data .", "--pretrained is none"),
+    ("settings/consistency/__main__.py", "--base oc", "--base has no meaning"),
+    ("classification/__main__.py", "--steps 3", "--steps has no meaning"),
+    ("classification/downstream.py", "--seed 3", "type --seeds")])
 def test_bad_input_is_one_line_and_status_2(script, arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     own = ["--rows", "rows.csv", "--assets", "."] if HERE / script in WITH_ROWS else []
@@ -111,7 +110,6 @@ def test_a_readme_is_short_its_verdict_first_its_links_whole(path):
 
 
 def test_readme_shows_a_variation_in_full():
-    from experiments import baselines
     shown = f"```python\n{inspect.getsource(baselines.TwoPasses)}```\n"
     assert shown in (HERE / "README.md").read_text()
 
@@ -120,28 +118,28 @@ def test_readme_shows_a_variation_in_full():
 # common.py: rows and options
 
 
-def test_rows_are_added_looked_up_and_replaced(tmp_path):
-    path = tmp_path / "new" / "rows.csv"
-    assert not common.has_row(path, "--lr 1", method="A", seed=1)
-    common.add_rows(path, "--lr 1", [dict(method="A, m", seed=1, x=1 / 3)])
-    common.add_rows(path, "--lr 1", [dict(method="B", seed=s, y=math.nan) for s in (2, 3)])
+def test_what_has_no_row_is_measured_and_rows_are_replaced(tmp_path):
+    path, measured = tmp_path / "new" / "rows.csv", []
+
+    def measure(method, seed):
+        measured.append((method, seed))
+        return [dict(x=1 / 3), dict(x=2)] if method == "A, m" else [dict(y=math.nan)]
+
+    keys = [dict(method=method, seed=seed) for method, seed in (("A, m", 1), ("B", 2), ("B", 3))]
+    for number in (1, 3, 3):
+        common.study(path, "--lr 1", keys[:number], measure)
+    assert measured == [tuple(key.values()) for key in keys]
     assert path.read_text() == ('method,seed,x,options,y\n"A, m",1,0.333333,--lr 1,\n'
-                                'B,2,,--lr 1,nan\nB,3,,--lr 1,nan\n')
-    found = [(m, s) for m in ("A, m", "B") for s in (1, 2, 3) if common.has_row(
-        path, "--lr 1", method=m, seed=s)]
-    assert found == [("A, m", 1), ("B", 2), ("B", 3)]
-    for call in (common.has_row, lambda *a: common.add_rows(*a, [dict(seed=1)])):
-        with pytest.raises(ValueError, match="other options \\(--lr 1\\)"):
-            call(path, "--lr 2")
-    with pytest.raises(ValueError, match="no column 'z'"):
-        common.read_table(path, ["x", "z"])
+                                '"A, m",1,2,--lr 1,\nB,2,,--lr 1,nan\nB,3,,--lr 1,nan\n')
+    with pytest.raises(ValueError, match="other options \\(--lr 1\\)"):
+        common.study(path, "--lr 2", keys, measure)
 
     new = common.text([dict(method="B", seed=2, x=2.0, options="")])
     rows = common.replace_rows(common.read_rows(path), new, ["method", "seed"])
     assert rows[["seed", "x", "y"]].to_numpy().tolist() == [
-        ["1", "0.333333", ""], ["3", "", "nan"], ["2", "2", ""]]
+        ["1", "0.333333", ""], ["1", "2", ""], ["3", "", "nan"], ["2", "2", ""]]
     number = common.numbers(rows, ("method", "options"))
-    assert number["x"].tolist()[::2] == [0.333333, 2] and number["y"].isna().all()
+    assert number["x"].tolist()[::3] == [0.333333, 2] and number["y"].isna().all()
 
 
 def test_options_of_cm_and_of_a_table():
@@ -186,37 +184,21 @@ def test_a_run_goes_on_and_says_where_it_ran_off(tmp_path, monkeypatch):
 # common.py: statistics, tables, samples
 
 
-def test_paired_interval_against_scipy():
-    from scipy import stats
+def test_differences_against_scipys_paired_intervals():
     a, b = (pd.Series(values, [3, 1, 0, 2]) for values in np.random.RandomState(0).rand(2, 4))
-    mean, half, n = common.difference(a, b)
-    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert n == 4 and np.allclose([mean - half, mean + half], [low, high])
-    mean, half, n = common.difference(a, b[[2, 0]][::-1])  # seeds of one alone don't count
-    low, high = stats.ttest_rel(a[[0, 2]], b[[0, 2]]).confidence_interval(0.95)
-    assert n == 2 and np.allclose([mean - half, mean + half], [low, high])
-    mean, half, n = common.difference(a, b[[1]])
-    assert n == 1 and mean == a[1] - b[1] and math.isnan(half)
+    for other in (b, b[[2, 0]]):  # in another order; seeds of one alone don't count
+        seeds = other.index
+        low, high = scipy.stats.ttest_rel(a[seeds], other).confidence_interval(0.95)
+        expected = f"{(low + high) / 2:+.5f} [{low:+.5f}, {high:+.5f}]"
+        assert common.difference(a, other[::-1], 5) == expected
+    assert common.difference(a, b[[1]]) == f"{a[1] - b[1]:+.2f}"
     b[1] = math.nan  # a run that ran off makes the whole difference unknown
-    mean, half, n = common.difference(a, b)
-    assert n == 4 and math.isnan(mean) and math.isnan(half)
+    assert common.difference(a, b) == common.difference(a, b[[]]) == "–"
 
 
 def test_holm_against_a_hand_worked_example():
     assert np.allclose(common.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     assert np.allclose(common.holm([0.5, math.nan, 0.001]), [1, 1, 0.003])
-
-
-def test_samples_are_drawn_a_row_a_class(tmp_path, monkeypatch):
-    images = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None, None, None] % 3, (30, 8, 8, 1))
-    np.savez(tmp_path / "s.npz", arr_0=images, arr_1=np.arange(30) % 3)
-    drawn = []
-    monkeypatch.setattr(cm, "draw_panels", lambda *args: drawn.append(args))
-    data = types.SimpleNamespace(names="abc", counts=[40, 20, 5], first=lambda *args: args)
-    common.draw_samples(data, {"CM": tmp_path / "s.npz"}, [2, 1], tmp_path / "p.png", 4)
-    (panels, names, _), = drawn
-    assert panels["real"] == ([2, 1], 4) and names == ["c  5", "b  20"]
-    assert panels["CM"][:, 0, 0, 0].tolist() == [2] * 4 + [1] * 4
 
 
 # ------------------------------------------------------------------------------------------------
@@ -284,7 +266,6 @@ def test_training_keeps_its_last_good_checkpoint_and_refuses_one_that_does_not_f
 
 def test_benchmark_in_a_miniature(capsys, monkeypatch):
     pytest.importorskip("torch_fidelity")
-    from experiments import benchmark
     for name, value in (("SIZE", 200), ("DIM", 64), ("REPEATS", 1)):
         monkeypatch.setattr(benchmark, name, value)
     benchmark.main(["--preset", "small", "--batch-size", "2"])
@@ -297,7 +278,6 @@ def test_benchmark_in_a_miniature(capsys, monkeypatch):
 
 
 def test_picture_is_guided_and_of_one_noise(tmp_path, monkeypatch):
-    from experiments import picture
     networks, seen, panels = {}, [], []
     for no_cm in (True, False):
         config = cm.Config(image_size=8, channels=8, ir=10, n_max=50, seed=3, no_cm=no_cm)
@@ -325,7 +305,6 @@ def test_picture_is_guided_and_of_one_noise(tmp_path, monkeypatch):
 
 
 def test_fashion16_is_what_debians_files_make(tmp_path):
-    from experiments import make_fashion16
     if not make_fashion16.DEBIAN.is_dir():
         pytest.skip("apt-get install dataset-fashion-mnist")
     make_fashion16.make(tmp_path / "made.npz")

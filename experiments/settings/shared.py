@@ -63,11 +63,17 @@ def scores(file, config, device, cache, names):
 def draw(config, files, args, path, split=None):
     """A row a class, or a class of a split: real images, then those of each .npz of `files`,
     {title: path}; nothing where one isn't there."""
-    if all(file.is_file() for file in files.values()):
-        data = cm.Data(config)
-        classes = None if split is None else cm.splits(data.counts)[split]
-        columns = min(8, args.num_images // len(data.names))
-        common.draw_samples(data, files, classes, path, columns)
+    if not all(file.is_file() for file in files.values()):
+        return
+    data = cm.Data(config)
+    classes = range(len(data.names)) if split is None else cm.splits(data.counts)[split]
+    columns = min(8, args.num_images // len(data.names))
+    panels = {"real": data.first(classes, columns)}
+    for title, file in files.items():
+        images, labels, _ = fid.read_images(file)
+        panels[title] = torch.cat([images[labels == k][:columns] for k in classes])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cm.draw_panels(panels, [f"{data.names[k]}  {data.counts[k]}" for k in classes], path)
 
 
 def compared(rows, digits, others, by=(), same=()):
@@ -85,8 +91,7 @@ def compared(rows, digits, others, by=(), same=()):
         ours = runs.get((*at, "CM"))
         if method in others and ours is not None:
             pairs.append(first | {"difference": f"CM − ({method})"} | {
-                name: common.interval(*common.difference(ours[name], run[name])[:2], n)
-                for name, n in digits.items()})
+                name: common.difference(ours[name], run[name], n) for name, n in digits.items()})
     return "\n\n".join([
         f"exploratory: {rows.index.nunique()} seeds; mean ± standard deviation",
         common.markdown(values), "paired differences: mean and 95 % interval over seeds",

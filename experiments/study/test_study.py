@@ -3,9 +3,7 @@
 import functools
 import itertools
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,14 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # whatever pytest's import mode
 import cm
 import fid
 from experiments import baselines, common
 from experiments.study import __main__ as command
 from experiments.study import study, tables
 
-torch.set_num_threads(1)  # results repeat with as many threads
 MINIATURE = ["--steps", "20", "--channels", "4", "--multipliers", "1", "2", "--batch-size", "4",
              "--image-size", "8", "--n-max", "40", "--ir", "20", "--checkpoint-every", "5",
              "--log-every", "5"]

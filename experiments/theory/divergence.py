@@ -12,6 +12,7 @@ is above 0.1, and the first at which the base loss is twice the lowest before.
 Options that aren't its own go to cm.py. Rows: divergence.csv.
 """
 
+import functools
 import itertools
 
 import cm
@@ -42,30 +43,21 @@ def first(log, where):
     return int(log["step"][where].iloc[0]) if where.any() else "never"
 
 
-def measure(key, runs, flags):
+def measure(runs, flags, **key):
     """A row: train, or go on."""
     directory = runs / "-".join(map(str, key.values()))
     n_max, _, _, own = SETTINGS[key["setting"]]
     own = [*own, "--n-max", n_max, "--ir", key["IR"], "--w-div", key["w_div"], "--lr", key["lr"],
            "--div-margin", key["fuse"], "--seed", key["seed"]]
     end = common.run([*flags, *map(str, own)], directory)
-    row = key | {"n_max": n_max, "end": end or "finished"} | dict.fromkeys(MEASURED, "–")
+    row = {"n_max": n_max, "end": end or "finished"} | dict.fromkeys(MEASURED, "–")
     log = common.numbers(common.read_rows(directory / "log.csv"), ())
     if len(log):  # else it ran off before there was a row
         doubled = log["base"] > 2 * log["base"].cummin()
         found = (first(log, log["d_Few"] > ABOVE), first(log, doubled),
                  *(f"{log[name].iloc[-1]:.2g}" for name in ("d_Few", "base")))
         row |= zip(MEASURED, found, strict=True)
-    return row
-
-
-def study(args, flags):
-    """Every run that has no row yet. Raises ValueError."""
-    flags, *_ = common.configured(flags, UNUSED)
-    options = common.settings(flags)
-    for key in keys(args.seeds):
-        if not common.has_row(args.rows, options, **key):
-            common.add_rows(args.rows, options, [measure(key, args.runs, flags)])
+    return [row]
 
 
 def curvature(run):
@@ -85,9 +77,11 @@ def table(rows):
 def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(20, 21, 22))
     args, flags = parser.parse_known_args(argv)
+    flags, *_ = common.configured(flags, UNUSED)
     if not args.table:
-        study(args, flags)
-    print(table(common.read_table(args.rows, [*KEY, *MEASURED])))
+        common.study(args.rows, common.settings(flags), list(keys(args.seeds)),
+                     functools.partial(measure, args.runs, flags))
+    print(table(common.read_table(args.rows)))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,9 @@ from torch import nn
 
 import cm
 import theory
+from experiments import common
+from experiments.theory import assumptions, divergence, gradients, pruning
 
-pytest.importorskip("pandas")
-pytest.importorskip("tabulate")
-from experiments import common  # noqa: E402
-from experiments.theory import assumptions, divergence, gradients, pruning  # noqa: E402
-
-torch.set_num_threads(1)  # pytest -n 2 runs two processes; results repeat with as many threads
 MINIATURE = ["--channels", "8", "--multipliers", "1", "2", "--image-size", "8",
              "--batch-size", "8", "--warmup", "1", "--log-every", "2"]
 

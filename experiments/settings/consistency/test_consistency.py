@@ -14,8 +14,6 @@ import fid
 from experiments.settings import shared
 from experiments.settings.consistency import __main__ as ct
 
-torch.set_num_threads(1)  # results repeat with as many threads
-
 
 def configured(**options):
     return cm.Config(image_size=8, channels=8, multipliers=(1, 2), **options).resolved()
@@ -76,23 +74,6 @@ def test_f_is_the_identity_at_sigma_min_and_scaled_elsewhere():
     assert torch.allclose(seen[0][1], torch.tensor(250 * math.log(0.802)))
 
 
-def test_without_BA_and_with_shared_masks_loss_and_general_gradients_are_the_plain_steps():
-    losses, batch = tiny(dropout=0.3, same_masks=True)
-    plain = ct.ConsistencyTraining(cm.merge(losses.unet), [40, 10, 5, 2], configured(no_cm=True),
-                                   0.6)
-    totals = []
-    for module in (losses.train(), plain.train()):
-        torch.manual_seed(3)
-        totals.append(module(*batch)[0])
-        totals[-1].backward()
-    assert torch.equal(*totals)
-    mine = {n.replace(".layer.", "."): p.grad for n, p in losses.unet.named_parameters()}
-    for name, p in plain.unet.named_parameters():
-        assert p.grad.abs().sum() > 0 or name.endswith("k.bias"), name
-        assert torch.allclose(mine[name], p.grad, rtol=1e-5, atol=1e-7), name
-    assert tiny(dropout=0.3)[0].train()(*batch)[2].abs().min() > 0  # theta_g's masks are its own
-
-
 def test_L_CM_sees_F_at_the_larger_sigma_only_and_the_target_nothing():
     losses, batch = tiny(b=0.3, lam=0.5, div_margin=1e-3)
     x0, y, eps, y_in, n, grid = batch
@@ -113,13 +94,20 @@ def test_L_CM_sees_F_at_the_larger_sigma_only_and_the_target_nothing():
         p.data.mul_(2)
     _, other_base, same = losses(*batch)
     assert torch.equal(same, loss_cm) and not torch.allclose(other_base, base)
+    losses.config.no_cm = True
+    total, base, none = losses(*batch)
+    assert torch.equal(base, other_base) and total == base.mean() and not none.any()
 
 
-def test_neighbours_of_one_sigma_agree_under_dropout():
-    losses, (x0, y, eps, y_in, n, _) = tiny(dropout=0.5)
+def test_theta_shares_its_dropout_masks_with_the_target_and_theta_g_its_own_unless_told():
+    losses, batch = tiny(dropout=0.5)
     once = torch.full((9,), 1.5, dtype=torch.float64)
-    base = losses.train()(x0, y, eps, y_in, n, once)[1]
-    assert torch.equal(base, torch.zeros_like(base))  # theta^- has theta's weights and its masks
+    base = losses.train()(*batch[:-1], once)[1]
+    assert not base.any()  # of one sigma; theta^- has theta's weights
+    assert losses(*batch)[2].abs().min() > 0  # though BA = 0
+    losses.config.same_masks = True
+    first, second = losses(*batch), losses(*batch)
+    assert not first[2].any() and (first[1] != second[1]).all()
 
 
 def test_held_out_measures_one_by_one():
@@ -217,7 +205,7 @@ ARGS = ["--n-max", "8", "--ir", "2", "--image-size", "8", "--channels", "8",
 
 
 def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
-        stopped_and_whole, fewer_images, monkeypatch, capsys):
+        stopped_and_whole, fewer_images, monkeypatch):
     fewer_images(20, 4)
     monkeypatch.setattr(shared, "scores", lambda file, config, device, cache, names: (
         dict.fromkeys(names, float(fid.read_images(file)[0].float().mean()))))
@@ -229,8 +217,8 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
         return result
 
     monkeypatch.setattr(ct.ConsistencyTraining, "forward", recorded)
-    out = stopped_and_whole(ct.main, ARGS, 5)  # CM's second step
+    out = stopped_and_whole(ct.main, ARGS, (cm, "update", 5))  # CM's second step
+    assert "CM − (CT)" in out and Path("consistency.png").is_file()
     assert len(list(Path("runs").glob("*.npz"))) == 4
+    assert "--warmup 100 --num-images 20" in Path("rows.csv").read_text()
     assert seen[True][0] == seen[False][0]  # CT's and CM's first: batch, noise and masks
-    ct.main([*ARGS, "--table"])
-    assert capsys.readouterr().out == out

@@ -239,19 +239,13 @@ def run(setting, method, seed, args, options):
     return files, trained
 
 
-def study(config, args, options):
-    """Every run of cm.py's network that has no rows yet. Raises ValueError."""
-    kept = f"{options} --num-images {args.num_images}"
-    missing = [(seed, method) for seed, method in itertools.product(args.seeds, METHODS)
-               if not common.has_row(args.rows, kept, method=method, seed=seed)]
-    if missing:
-        setting = Unlabelled(config, args.runs / "pretrained")
-    for seed, method in missing:
-        files, trained = run(setting, method, seed, args, options)
-        common.add_rows(args.rows, kept, [
-            dict(method=name, seed=seed, steps=config.steps, trained=trained) | shared.scores(
-                file, config, setting.data.images.device, args.runs / "fid", SHOWN)
-            for name, file in files.items()])
+def measure(method, seed, config, args, options):
+    """Rows of a run of cm.py's network, which is pre-trained where it isn't yet."""
+    setting = Unlabelled(config, args.runs / "pretrained")
+    files, trained = run(setting, method, seed, args, options)
+    return [dict(method=name, seed=seed, steps=config.steps, trained=trained) | shared.scores(
+        file, config, setting.data.images.device, args.runs / "fid", SHOWN)
+        for name, file in files.items()]
 
 
 def tune_pipeline(flags, args):
@@ -286,15 +280,17 @@ def main(argv=None):
     parser.add_argument("--num-images", type=int, default=5000,
                         help="generated images of a run [default: 5000]")
     args, flags = parser.parse_known_args(argv)
-    torch.set_num_threads(1)  # results repeat only with the same number of threads
     args.ranks = args.ranks or ([128, 8] if args.pretrained else [8, 2])
     if args.pretrained and not args.table:
         config, pictures = tune_pipeline(flags, args)
     else:
         flags, config, _ = common.configured(flags, UNUSED, ["guidance"], **OWN)
         if not args.table:
-            study(config, args, common.settings([*flags, "--ranks", *map(str, args.ranks)]))
-        rows, pictures = common.read_table(args.rows, SHOWN), args.assets
+            options = common.settings([*flags, "--ranks", *map(str, args.ranks)])
+            keys = [dict(method=method, seed=seed) for seed in args.seeds for method in METHODS]
+            common.study(args.rows, f"{options} --num-images {args.num_images}", keys,
+                         functools.partial(measure, config=config, args=args, options=options))
+        rows, pictures = common.read_table(args.rows), args.assets
         print(shared.compared(common.numbers(rows, ("method", "options")), SHOWN,
                               [name for name in FILES if name != "CM"], same=["trained"]))
     files = {method: npz(args, config, method, args.seeds[0]) for method in METHODS}

@@ -16,8 +16,6 @@ import fid
 from experiments.settings import shared
 from experiments.settings.finetune import __main__ as ft
 
-torch.set_num_threads(1)  # results repeat with as many threads
-
 
 def randomised(network, spread=0.1):
     torch.manual_seed(1)
@@ -65,34 +63,30 @@ def test_a_layer_sums_the_outputs_of_its_three_weights(layer, x):
     assert torch.allclose(net(x), whole, atol=1e-5)  # untouched, and back to theta
 
 
-def ranks(network):
-    """{layer's name: (r of LoRA, r of B_e A_e)}"""
-    named = dict(network.named_modules())
-    found = {name: [m.A.shape[0], 0] for name, m in named.items() if isinstance(m, ft.LoRA)}
-    for name, m in named.items():
-        if isinstance(m, ft.Reserved):
-            found[f"{name}.layer"][1] = m.A.shape[0]
-    return {name.removesuffix(".layer"): tuple(pair) for name, pair in found.items()}
-
-
-def test_general_factors_lie_in_every_layer_and_reserved_ones_in_the_decoder():
-    # r_g = 4 < min(d, k) everywhere but in the first and the last layer, from and to one channel
-    layers = {name: layer for name, layer in plain_unet().named_modules()
-              if isinstance(layer, (nn.Conv2d, nn.Linear))
-              and name not in ("encoder.0", "decoder.5.2")}
+@pytest.mark.parametrize("r_g, r_e", [(4, 2), (8, 7)])
+def test_general_factors_lie_in_every_layer_and_reserved_ones_in_the_decoder(r_g, r_e):
     trained = {}
-    for method, inside in (("LoRA r_g", (4, 0)), ("LoRA r_g + r_e", (6, 0)), ("CM", (4, 2))):
+    for method in ft.METHODS:
         net = plain_unet()
-        ft.add_factors(net, net.decoder, method, 4, 2)
-        assert ranks(net) == {name: inside if name.startswith("decoder.") else (4, 0)
-                              for name in layers}
+        ft.add_factors(net, net.decoder, method, r_g, r_e)
         trained[method] = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        for name, plain in plain_unet().named_modules():
+            if not isinstance(plain, nn.Conv2d | nn.Linear):
+                continue
+            layer, inside = net.get_submodule(name), name.startswith("decoder.")
+            if (plain.kernel_size[0] if plain.weight.ndim == 4 else 1) * min(
+                    plain.weight.shape[:2]) <= r_g:
+                assert type(layer) is type(plain), name
+                continue
+            if inside and method == "CM":
+                assert type(layer) is ft.Reserved and len(layer.A) == r_e, name
+                layer = layer.layer
+            wide = inside and method == "LoRA r_g + r_e"
+            assert type(layer) is ft.LoRA and len(layer.A) == r_g + wide * r_e, name
     assert trained["CM"] == trained["LoRA r_g + r_e"] > trained["LoRA r_g"]
-    wide = plain_unet()
-    ft.add_factors(wide, wide.decoder, "CM", 8, 7)
-    for name, layer in layers.items():  # r_g < min(d, k), or nothing at all
-        side = layer.kernel_size[0] if isinstance(layer, nn.Conv2d) else 1
-        assert (name in ranks(wide)) == (side * min(layer.weight.shape[:2]) > 8), name
+
+
+def test_ranks_that_make_no_sense_are_refused():
     for r_g, r_e in ((2, 2), (4, 0), (48, 2)):
         with pytest.raises(ValueError, match=f"--ranks are {r_g} {r_e}"):
             ft.add_factors(plain_unet(), plain_unet().decoder, "CM", r_g, r_e)
@@ -102,27 +96,25 @@ def test_general_factors_lie_in_every_layer_and_reserved_ones_in_the_decoder():
 # cm.py's network
 
 
-def setting(**options):
-    """ft.Unlabelled, without its training, on 8x8 noise of four classes, and its network before."""
-    config = cm.Config(**dict(image_size=8, channels=8, multipliers=(1, 2),
-                              batch_size=4, lr=1e-2, steps=4, seed=3) | options).resolved()
-    torch.manual_seed(0)
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])
-    data = object.__new__(cm.Data)
-    vars(data).update(images=torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8), labels=labels,
-                      counts=labels.bincount(), names=list("abcd"),
-                      starts=torch.tensor([0, 4, 6, 7]))
-    made = object.__new__(ft.Unlabelled)
-    before = cm.UNet(4, 1, 8, 8, (1, 2), 1, (), 0.0)
-    made.config, made.data, made.batches, made.alpha_bar = config, data, data, cm.make_alpha_bar()
-    made.state = randomised(before).state_dict()
-    return made, before
+@pytest.fixture
+def small(fewer_images, monkeypatch):
+    """cm.py's small network even smaller, for 20 images a class; hasty runs without pictures."""
+    fewer_images(20, 4)
+    monkeypatch.setitem(cm.PRESETS, "small", cm.PRESETS["small"] | dict(
+        image_size=8, channels=8, multipliers=(1, 2), batch_size=4, dropout=0.0))
+    monkeypatch.setattr(cm, "report", lambda *_: None)
+    monkeypatch.setattr(ft, "PRETRAIN_STEPS", 2)
+    monkeypatch.setattr(ft, "SAMPLE_STEPS", 2)
 
 
 @pytest.mark.parametrize("method", ft.METHODS)
 def test_fine_tuning_starts_from_the_pre_trained_network_and_moves_factors_and_labels_alone(
-        method, tmp_path, monkeypatch):
-    made, unlabelled = setting(no_cm=method != "CM")
+        method, small, tmp_path, monkeypatch):
+    config = cm.Config(n_max=8, ir=2, steps=4, lr=1e-2, seed=3, no_cm=method != "CM").resolved()
+    made = ft.Unlabelled(config, tmp_path)
+    _, unlabelled, counts = cm.load_trained(tmp_path / "checkpoint.pt")
+    made.state = randomised(unlabelled).state_dict()
+    assert counts == 10 * [20]
     net, decoder = made.network()
     ft.add_factors(net.eval(), decoder, method, 4, 2)
     x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 3, -1])
@@ -130,7 +122,7 @@ def test_fine_tuning_starts_from_the_pre_trained_network_and_moves_factors_and_l
 
     before, fit, how = copy.deepcopy(net.state_dict()), shared.fit, {}
     monkeypatch.setattr(shared, "fit", lambda *run, **more: (how.update(more), fit(*run, **more)))
-    ft.fine_tune(net, made, made.config, tmp_path / "x.pt", "")
+    ft.fine_tune(net, made, config, tmp_path / "x.pt", "")
     for name, p in net.state_dict().items():
         moves = name.endswith((".A", ".B")) or name == "label_embedding.weight"
         assert torch.equal(p, before[name]) != moves, name
@@ -142,32 +134,23 @@ ARGS = ["--n-max", "8", "--ir", "2", "--steps", "3", "--ranks", "4", "2", "--num
 
 
 def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
-        stopped_and_whole, fewer_images, monkeypatch, capsys):
-    small = dict(image_size=8, channels=8, multipliers=(1, 2), batch_size=4, dropout=0.0)
-    monkeypatch.setitem(cm.PRESETS, "small", cm.PRESETS["small"] | small)
-    fewer_images(20, 4)
+        stopped_and_whole, small, monkeypatch, capsys):
     monkeypatch.setattr(shared, "scores", lambda file, config, device, cache, names: (
         dict.fromkeys(names, float(fid.read_images(file)[0].float().mean()))))
-    monkeypatch.setattr(cm, "report", lambda *_: None)  # of the pre-training
-    monkeypatch.setattr(ft, "PRETRAIN_STEPS", 2)
-    monkeypatch.setattr(ft, "SAMPLE_STEPS", 2)
     losses, factors, update = [], [], cm.update
     monkeypatch.setattr(cm, "update", lambda loss, *rest: (
         losses.append(loss.item()), factors.append([p.detach().clone() for p in rest[0][:8]]),
         update(loss, *rest))[2])
-    out = stopped_and_whole(ft.main, ARGS, 2, 10)  # in pre-training; CM's second step
-    assert "CM − (LoRA r_g + r_e)" in out
+    # in pre-training; CM's second step
+    out = stopped_and_whole(ft.main, ARGS, (cm, "update", 2), (cm, "update", 10))
+    assert "CM − (LoRA r_g + r_e)" in out and Path("finetune.png").is_file()
     images = [fid.read_images(path)[0] for path in sorted(Path("runs").glob("*.npz"))]
     assert len(images) == 4 and not any(map(torch.equal, images, images[1:]))
     # after two steps of pre-training, three of each method, with the same weights, batch and noise
     assert losses[5:9:3] == pytest.approx(2 * losses[2:3], 1e-5)
     assert all(map(torch.equal, factors[2], factors[8]))  # LoRA's and CM's, of the encoder
-    before, _, counts = cm.load_trained("runs/pretrained/checkpoint.pt")
-    assert before.label_drop == 1 and not before.flip and counts == 10 * [20]
-
-    monkeypatch.setattr(cm, "update", None)  # nothing is trained again
-    ft.main(ARGS)
-    assert capsys.readouterr().out == out
+    before = cm.load_trained("runs/pretrained/checkpoint.pt")[0]
+    assert before.label_drop == 1 and before.no_cm and not before.flip
     for other, says in (("--ranks 5 2", "other options"), ("--num-images 30", "other options"),
                         ("--rows new.csv --lr 1", "lora-5.pt is no checkpoint to go on from")):
         with pytest.raises(SystemExit):
@@ -277,15 +260,10 @@ def tune(arguments, pipeline):
 
 
 def test_a_tiny_pipeline_is_tuned_sampled_and_loaded_again(
-        pipeline, kills_at, tmp_path, monkeypatch, capsys):
+        pipeline, tmp_path, monkeypatch, capsys):
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ft, "SAMPLE_STEPS", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(cm, "update", kills_at(5, cm.update))  # CM's first step
-        with pytest.raises(SystemExit):
-            tune("--steps 2 --guidance 0.5 --lr 0.01", pipeline)
-    capsys.readouterr()
     tune("--steps 2 --guidance 0.5 --lr 0.01", pipeline)
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"python fid.py runs/tiny/cm-general-5-9-g0.5.npz --dataset folder --data {pipeline[1]}")

@@ -9,6 +9,8 @@ seed, with guidance 1.5, into RUNS/prompt.png; beside images of that caption, bl
 none. README.md says what it does, and what its rows hold.
 """
 
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -157,26 +159,16 @@ def scores(setting, judge, images, captions, labels):
     return row
 
 
-def study(args):
-    """Each method, guidance and seed that lacks a row. Raises ValueError."""
-    kept = (f"--n-max {args.n_max} --ir {args.ir:g} --steps {args.steps} "
-            f"--num-images {args.num_images}")
-    points = [dict(seed=seed, method=method, guidance=w) for seed in args.seeds
-              for method, w in POINTS]
-    missing = [point for point in points if not common.has_row(args.rows, kept, **point)]
-    if not missing:
-        return
-    setting = Setting(args)
-    test, _, labels = shapes.captioned_images(100, seed=99)
+def measure(setting, method, seed, guidance):
+    """A row: train, draw as many images of each class with captions of their own, judge."""
+    test, _, test_labels = shapes.captioned_images(100, seed=99)
     judge = common.judge(setting.images, torch.from_numpy(setting.labels),
-                         (test, torch.from_numpy(labels)), len(setting.counts), setting.device,
-                         args.runs / "judge")
-    for point in missing:
-        # as many images of each class, with captions of their own
-        images, captions, labels = shapes.captioned_images(args.num_images, 100 + point["seed"])
-        x = (setting.decoded(setting.latents(images)) if point["method"] == "autoencoder" else
-             setting.drawn(captions=captions, **point))
-        common.add_rows(args.rows, kept, [point | scores(setting, judge, x, captions, labels)])
+                         (test, torch.from_numpy(test_labels)), len(setting.counts),
+                         setting.device, setting.args.runs / "judge")
+    images, captions, labels = shapes.captioned_images(setting.args.num_images, 100 + seed)
+    x = (setting.decoded(setting.latents(images)) if method == "autoencoder" else
+         setting.drawn(method, seed, captions, guidance))
+    return [scores(setting, judge, x, captions, labels)]
 
 
 def draw(setting, captions, path, columns=6):
@@ -204,17 +196,22 @@ def main(argv=None):
     parser.add_argument("--prompt", help="draw this into RUNS/prompt.png, and do nothing else")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads
+    setting = functools.cache(lambda: Setting(args))
     if args.prompt is not None:
-        draw(Setting(args), [args.prompt], args.runs / "prompt.png")
+        draw(setting(), [args.prompt], args.runs / "prompt.png")
         return
     if not args.table:
-        study(args)
-    rows = common.numbers(common.read_table(args.rows, SHOWN), ("method", "options"))
+        keys = [dict(seed=seed, method=method, guidance=w)
+                for seed in args.seeds for method, w in POINTS]
+        options = (f"--n-max {args.n_max} --ir {args.ir:g} --steps {args.steps} "
+                   f"--num-images {args.num_images}")
+        common.study(args.rows, options, keys, lambda **key: measure(setting(), **key))
+    rows = common.numbers(common.read_table(args.rows), ("method", "options"))
     print(shared.compared(rows, SHOWN, ["DDPM"], by=["guidance"]))
     if all((args.runs / f"{method}-{args.seeds[0]}.pt").is_file() for method in METHODS):
-        setting = Setting(args)
-        firsts = np.unique(setting.labels, return_index=True)[1]  # an image of each shape
-        draw(setting, [setting.captions[i] for i in firsts], args.assets / "text_to_image.png")
+        firsts = np.unique(setting().labels, return_index=True)[1]  # an image of each shape
+        captions = [setting().captions[i] for i in firsts]
+        draw(setting(), captions, args.assets / "text_to_image.png")
 
 
 if __name__ == "__main__":
