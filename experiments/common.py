@@ -1,7 +1,4 @@
-"""What the scripts share: rows on disk, runs of cm.py, statistics, tables, a training loop.
-
-It has no command line. The scripts import this file, never each other.
-"""
+"""What the scripts share: rows on disk, runs of cm.py, statistics, tables, a training loop."""
 
 import argparse
 import dataclasses
@@ -32,19 +29,10 @@ def text(rows):
     return pd.DataFrame(shown, dtype=str).fillna("")
 
 
-def read_rows(path, options=None):
-    """The table of text in a .csv, empty where there is no file.
-
-    Raises ValueError where its rows were made with other `options` than these (see `settings`)."""
-    if not path.exists():
-        return pd.DataFrame()
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if options is not None:
-        others = rows.loc[rows["options"] != options, "options"]
-        if len(others):
-            raise ValueError(f"{path} was made with other options ({others.iloc[0]}); "
-                             "name another file with --rows")
-    return rows
+def read_rows(path):
+    """The table of text in a .csv, empty where there is no file."""
+    exists = path.exists()
+    return pd.read_csv(path, dtype=str, keep_default_na=False) if exists else pd.DataFrame()
 
 
 def read_table(path):
@@ -60,14 +48,17 @@ def study(path, options, keys, measure):
     """Measure what has no row in a .csv yet, in one thread: results repeat only with as many.
 
     keys: {column: value} of each run; measure(**key): its rows, dicts, to which the key and a
-    column `options` are added. Raises ValueError where rows were made with other options."""
+    column `options` (see `settings`) are added. Raises ValueError where there are others' rows."""
     torch.set_num_threads(1)
     for number, key in enumerate(keys, 1):
-        rows = read_rows(path, options)
+        rows = read_rows(path)
+        for others in set(rows.get("options", ())) - {options}:
+            raise ValueError(f"{path} was made with other options ({others}); name another file "
+                             "with --rows")
         if rows.empty or not (rows[list(key)] == text([key]).iloc[0]).all(axis=1).any():
             print(f"run {number} of {len(keys)}", file=sys.stderr)
             new = text([key | row for row in measure(**key)]).assign(options=options)
-            rows = pd.concat([read_rows(path, options), new], ignore_index=True)
+            rows = pd.concat([read_rows(path), new], ignore_index=True)  # others may be here now
             write_rows(path, rows.fillna(""))
 
 
@@ -254,9 +245,8 @@ def train(step, state, path, steps, seed=0, options="", every=500):
     if path.is_file():
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if (saved["seed"], saved["options"]) != (seed, options):
-            raise ValueError(f"{path} is no checkpoint to go on from (it was made with other "
-                             f"options: seed {saved['seed']}, {saved['options']}; name another "
-                             "directory with --runs)")
+            raise ValueError(f"{path} was made with other options (seed {saved['seed']}, "
+                             f"{saved['options']}); name another directory with --runs")
         first = saved["step"]
         for name, part in state.items():
             part.load_state_dict(saved["state"][name])

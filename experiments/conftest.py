@@ -19,18 +19,26 @@ torch.set_num_threads(1)  # pytest -n 2 runs two processes; results repeat with 
 def fewer_images(monkeypatch, tmp_path_factory):
     """fewer_images(n, m): fashion16 has n training and m test images a class."""
     def make(n, m):
+        with np.load(cm.FASHION16) as file:  # as many images of each class, class by class
+            kept = {name: file[name].reshape(10, -1, *file[name].shape[1:])[
+                :, :n if "train" in name else m] for name in file.files}
         path = tmp_path_factory.mktemp("fewer") / "fashion16.npz"
-        arrays = {}
-        with np.load(cm.FASHION16) as file:
-            for part, each in (("train", n), ("test", m)):
-                labels = file[f"{part}_labels"]
-                kept = np.arange(len(labels)) % (len(labels) // 10) < each  # by place in the class
-                for what in (f"{part}_images", f"{part}_labels"):
-                    arrays[what] = file[what][kept]
-        np.savez(path, **arrays)
+        np.savez(path, **{name: values.reshape(-1, *values.shape[2:])
+                          for name, values in kept.items()})
         monkeypatch.setattr(cm, "FASHION16", path)
 
     return make
+
+
+@pytest.fixture
+def weighed():
+    """weighed(d, y, counts): L_CM [B] of distances d [B] of classes y by Eqs. (3) and (2)."""
+    def l_cm(d, y, counts, w_div=0.2, margin=0.1):
+        n = torch.as_tensor(counts, dtype=torch.float64)
+        w = (len(n) * n / n.sum() - w_div * len(n) / (n * (1 / n).sum()))[y]
+        return torch.where(w > 0, w * d, w * d.clamp(max=margin))
+
+    return l_cm
 
 
 @pytest.fixture

@@ -103,8 +103,6 @@ def test_a_readme_is_short_its_verdict_first_its_links_whole(path):
     assert lines[0].startswith("# ") and lines[1].startswith("**")
     if path.parent.name != "exercises":
         assert len(text.splitlines()) <= (100 if path.parent == HERE else 120)
-    prose = re.sub(r"```.*?```", "", text, flags=re.S).splitlines()
-    assert max(len(line) for line in prose if line[:1] not in ("|", "!")) <= 100
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in link or (path.parent / link).exists(), link
 
@@ -196,6 +194,11 @@ def test_differences_against_scipys_paired_intervals():
     assert common.difference(a, b) == common.difference(a, b[[]]) == "–"
 
 
+def test_spread_by_hand():
+    assert common.spread([1, math.nan, 2], 1) == "1.5 ± 0.7"  # sqrt(1 / 2)
+    assert [common.spread(x, 2, "+") for x in ([3], [])] == ["+3.00", "–"]
+
+
 def test_holm_against_a_hand_worked_example():
     assert np.allclose(common.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     assert np.allclose(common.holm([0.5, math.nan, 0.001]), [1, 1, 0.003])
@@ -205,59 +208,49 @@ def test_holm_against_a_hand_worked_example():
 # common.py: the training loop
 
 
-class Trained:
-    """A small network with dropout, trained by common.train; `act` is called after each step."""
+def trained(path, steps=20, stop=(0, None), **how):
+    """What common.train makes of a small network with dropout: (its weights, the steps made). stop:
+    a step, and what happens there, an exception or a loss."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+    adam, seen = torch.optim.Adam(net.parameters()), []
 
-    def __init__(self, path, act=lambda i: None):
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
-        self.optimizer = torch.optim.Adam(self.net.parameters())
-        self.path, self.act, self.seen = path, act, []
-
-    def step(self, i):
-        loss = self.net(torch.randn(8, 4)).square().mean()
-        self.optimizer.zero_grad()
+    def step(i):
+        loss = net(torch.randn(8, 4)).square().mean()
+        adam.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.seen.append(i)
-        return self.act(i) or loss
+        adam.step()
+        seen.append(i)
+        if i == stop[0] and isinstance(stop[1], BaseException):
+            raise stop[1]
+        return stop[1] if i == stop[0] else loss
 
-    def train(self, steps=20, **kw):
-        state = {"net": self.net, "optimizer": self.optimizer}
-        common.train(self.step, state, self.path, steps, **({"every": 6} | kw))
-        return self
-
-    def weights(self):
-        return torch.cat([p.detach().flatten() for p in self.net.parameters()])
+    common.train(step, {"net": net, "adam": adam}, path, steps, **{"every": 6} | how)
+    return nn.utils.parameters_to_vector(net.parameters()).detach(), seen
 
 
 def test_training_killed_goes_on_bit_for_bit(tmp_path):
-    def die(i):
-        if i == 14:
-            raise KeyboardInterrupt
-    whole = Trained(tmp_path / "whole.pt").train()
-    assert whole.seen == list(range(1, 21))
-    cut_at = tmp_path / "new" / "cut.pt"
+    whole, seen = trained(tmp_path / "whole.pt")
+    assert seen == list(range(1, 21))
+    path = tmp_path / "new" / "cut.pt"
     with pytest.raises(KeyboardInterrupt):
-        Trained(cut_at, die).train()
-    torch.rand(3)  # what was drawn in between doesn't matter
-    cut = Trained(cut_at).train()
-    assert cut.seen == list(range(13, 21)) and torch.equal(cut.weights(), whole.weights())
-    again = Trained(cut_at).train()  # nothing is left to do
-    assert again.seen == [] and torch.equal(again.weights(), whole.weights())
-    other = Trained(tmp_path / "other.pt").train(seed=1)
-    assert not torch.equal(other.weights(), whole.weights())
+        trained(path, stop=(14, KeyboardInterrupt()))
+    for left in (list(range(13, 21)), []):  # then nothing is left to do
+        torch.rand(3)  # what was drawn in between doesn't matter
+        weights, seen = trained(path)
+        assert seen == left and torch.equal(weights, whole)
+    assert not torch.equal(trained(tmp_path / "other.pt", seed=1)[0], whole)
 
 
 def test_training_keeps_its_last_good_checkpoint_and_refuses_one_that_does_not_fit(tmp_path):
     path = tmp_path / "c.pt"
     with pytest.raises(FloatingPointError, match="not finite at step 12"):
-        Trained(path, lambda i: math.nan if i == 12 else None).train(options="--lr 1")
-    assert Trained(path).train(7, options="--lr 1").seen == [7]
-    for steps, kw, says in ((8, {}, "other options"), (6, {"options": "--lr 1"}, "at step 7"),
-                            (8, {"options": "--lr 1", "seed": 1}, "seed 0, --lr 1; name")):
+        trained(path, stop=(12, math.nan), options="--lr 1")
+    assert trained(path, 7, options="--lr 1")[1] == [7]
+    for steps, how, says in ((8, {}, "other options"), (6, {"options": "--lr 1"}, "at step 7"),
+                             (8, {"options": "--lr 1", "seed": 1}, "seed 0, --lr 1")):
         with pytest.raises(ValueError, match=says):
-            Trained(path).train(steps, **kw)
+            trained(path, steps, **how)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -278,28 +271,25 @@ def test_benchmark_in_a_miniature(capsys, monkeypatch):
 
 
 def test_picture_is_guided_and_of_one_noise(tmp_path, monkeypatch):
-    networks, seen, panels = {}, [], []
+    runs, seen, panels = {}, [], []
     for no_cm in (True, False):
         config = cm.Config(image_size=8, channels=8, ir=10, n_max=50, seed=3, no_cm=no_cm)
-        networks[no_cm] = config.resolved(), cm.make_unet(config.resolved(), 10, 1), [50] * 10
-    for layer in cm.reserved_layers(networks[False][1]):
-        layer.B.data.fill_(0.1)
+        runs[no_cm] = config.resolved(), cm.make_unet(config.resolved(), 10, 1), [50] * 10
+    plain, layer = (runs[no_cm][1].decoder[0].block1[2] for no_cm in (True, False))
+    layer.B.data.fill_(0.1)
 
-    def sample(net, y, shape, **how):
-        seen.append((net.decoder[0].block1[2].weight, y.tolist(), how))
+    def sample(net, y, shape, **how):  # of the most frequent class and Few
+        assert y.tolist() == [0, 0, 6, 6, 7, 7, 8, 8, 9, 9]
+        assert how == dict(guidance=1.5, seeds=[cm.hashed_seed("image", 3, i) for i in range(10)])
+        seen.append(net.decoder[0].block1[2].weight)
         return torch.zeros(len(y), *shape)
 
-    monkeypatch.setattr(cm, "load_trained", networks.get)
+    monkeypatch.setattr(cm, "load_trained", runs.get)
     monkeypatch.setattr(cm, "sample", sample)
-    monkeypatch.setattr(cm, "draw_panels", lambda *drawn: panels.append(drawn[0]))
+    monkeypatch.setattr(cm, "draw_panels", lambda *drawn: panels.extend(drawn[0]))
     picture.draw_rare(True, False, tmp_path / "x.png", columns=2)
-    seeds = [cm.hashed_seed("image", 3, i) for i in range(10)]
-    for _, y, how in seen:  # the most frequent class and Few
-        assert y == [0, 0, 6, 6, 7, 7, 8, 8, 9, 9] and how == dict(guidance=1.5, seeds=seeds)
-    plain, reserved = (networks[no_cm][1].decoder[0].block1[2] for no_cm in (True, False))
-    expected = plain.weight, reserved.weight, reserved.layer.weight
-    assert all(torch.equal(ours, e) for (ours, *_), e in zip(seen, expected, strict=True))
-    assert len(panels[0]) == 4
+    assert all(map(torch.equal, seen, (plain.weight, layer.weight, layer.layer.weight)))
+    assert len(seen) == 3 and len(panels) == 4
     with pytest.raises(ValueError, match="--no-cm"):
         picture.draw_rare(False, True, tmp_path / "x.png")
 

@@ -11,7 +11,6 @@ models' w_div. Columns: accuracy, of theta, and general, of theta_g. cm.py's opt
 (--dataset, --ir, --n-max, ...) have their meaning here.
 """
 
-import functools
 import math
 import re
 
@@ -28,7 +27,7 @@ PAPER = {  # Tab. G.13, CIFAR-100, IR 100: points on Many, Medium, Few and overa
     "LDAM − CE": "-8.37 +1.03 +12.37 +1.14", "LA − CE": "-12.23 +5.26 +16.80 +2.60"}
 
 
-def measure(base, method, seed, config, data, args, options):
+def measure(config, data, args, options, base, method, seed):
     """A row: train, or go on, and test. Its "status" says where a training ran off."""
     w_div, steps = METHODS[method], math.ceil(args.epochs * len(data.labels) / classifiers.BATCH)
     try:
@@ -108,8 +107,9 @@ def main(argv=None):
         options = f"{common.settings(flags)} --epochs {args.epochs}"
         keys = [dict(base=base, method=method, seed=seed) for seed in args.seeds
                 for base in classifiers.BASES for method in METHODS]
-        common.study(args.rows, options, keys, functools.partial(
-            measure, config=config, data=classifiers.read(config), args=args, options=options))
+        data = classifiers.read(config)
+        common.study(args.rows, options, keys,
+                     lambda **key: measure(config, data, args, options, **key))
     print(table(by_method(common.read_table(args.rows))))
 
 

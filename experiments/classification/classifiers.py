@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torchvision.models.resnet import BasicBlock
 
 import cm
@@ -68,21 +69,14 @@ def reserve(net):
     net.head = cm.LowRankReserved(net.head, *net.head.weight.shape, HEAD_RANK)
 
 
-@torch.no_grad()
 def general(net, images):
     """theta_g as a plain network in eval mode, its running statistics estimated anew: averages over
     one pass through uint8 `images` [N, C, H, W] in random order."""
     with cm.general_only(net):
-        net = cm.merge(net)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.reset_running_stats()
-            m.momentum = None  # a plain average over batches
+        net = cm.merge(net).eval()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    net.train()
-    for index in order.split(BATCH):
-        net(cm.to_float(images[index]))
-    return net.eval()
+    update_bn((cm.to_float(images[index]) for index in order.split(BATCH)), net)
+    return net
 
 
 # ------------------------------------------------------------------------------------------------

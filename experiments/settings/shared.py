@@ -1,6 +1,4 @@
-"""What the three settings share: a training with averaged weights, samples, scores, tables.
-
-It has no command line."""
+"""What the three settings share: a training with averaged weights, samples, scores, tables."""
 
 import copy
 

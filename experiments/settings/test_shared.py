@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 from unittest import mock
 
-import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -68,19 +67,3 @@ def test_samples_are_of_classes_in_turn_scored_by_split_and_drawn_by_class(tmp_p
         assert list(panels["real"][0]) == classes and panels["real"][1] == 2
         assert panels["CM"][:, 0, 0, 0].tolist() == [k for k in classes for _ in range(2)]
         assert names == [("a  5", "b  3", "c  2")[k] for k in classes]
-
-
-def test_compared_by_hand():
-    rows = pd.DataFrame([dict(method=method, guidance=w, seed=seed, size=1234.0,
-                              FD=(1 if method == "DDPM" else 3) * seed + w)
-                         for seed in (1, 2) for method, w in (
-                             ("real", 0), ("DDPM", 0), ("CM", 0), ("DDPM", 1.5), ("CM", 1.5))])
-    text = shared.compared(rows, {"FD": 1}, ["DDPM"], by=["guidance"], same=["size"])
-    lines = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in text.splitlines() if line.startswith("|")]
-    assert text.startswith("exploratory: 2 seeds; ")
-    assert lines[2:7] == [[w, method, "1,234", "2", value] for w, method, value in (
-        ("0", "real", "4.5 ± 2.1"), ("0", "DDPM", "1.5 ± 0.7"), ("0", "CM", "4.5 ± 2.1"),
-        ("1.5", "DDPM", "3.0 ± 0.7"), ("1.5", "CM", "6.0 ± 2.1"))]
-    # differences 2 and 4: mean 3, t(0.975, 1) = 12.706, standard error 1
-    assert lines[9:] == [[w, "CM − (DDPM)", "+3.0 [-9.7, +15.7]"] for w in ("0", "1.5")]

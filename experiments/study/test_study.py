@@ -44,18 +44,6 @@ def test_settings_and_arms_are_what_they_say():
             assert module.same_masks == arm.startswith(("capacity alone", "our earlier"))
 
 
-def test_two_passes_cost_what_cm_costs_in_both_networks():
-    for setting in study.SETTINGS:
-        plain, cms, twice, agreement = (tables.flops(setting, arm) for arm in (
-            "DDPM", "CM", "DDPM, two passes", "agreement alone"))
-        config = cm.parse(study.options_of(study.Run(setting, "CM", 0)))[0].resolved()
-        # BA is formed once a step, a product forward and two backward, at 2 FLOPs
-        forming = sum(3 * 2 * layer.B.numel() * layer.A.shape[1] for layer in cm.reserved_layers(
-            cm.make_unet(config, 10, 1)))
-        assert twice == agreement == 2 * plain and cms == twice + forming
-        assert 0 < forming < 0.05 * twice
-
-
 @pytest.mark.parametrize("margin, fuse", [("0.1", 0.1), ("0.02", 0.02), ("inf", 0.1)])
 def test_the_fuses_share_on_hand_made_distances(margin, fuse):
     config = cm.parse(["--steps", "20", "--batch-size", "4", "--div-margin", margin])[0].resolved()
@@ -157,15 +145,6 @@ def test_a_row_says_where_our_fuse_acts_and_what_ran_off():
     assert tables.name_of("no fuse", run.replace(1.0, np.nan)) == "no fuse, 1 ran off"
 
 
-def test_a_stages_arms_are_listed_by_point_with_how_many_seeds_they_have():
-    rows = pd.concat([made(DDPM=[60.0, 62], CM=[9.0]).assign(guidance=3.0),
-                      made(CM=[70.0]).assign(network="θ_g")], ignore_index=True)
-    shown = {(row["arm"], row["guidance"]): (row["FD Few"], row["seeds"])
-             for row in tables.arms(rows, study.STAGES["guidance"])}
-    assert shown["DDPM", "3"] == ("61.0 ± 1.4", "2 of 10") and len(shown) == 8
-    assert shown["CM, θ_g", "0"] == ("70.0", "1 of 10") and shown["CM", "1"] == ("–", "0 of 10")
-
-
 def test_the_fuses_table_is_the_mean_over_seeds():
     rows = made(CM=[1.0, 2.0], DDPM=[1.0]).assign(**{
         "above fuse": [0.02, 0.04, np.nan], "above fuse Few": ["0 0.1", "0.5 0.3", ""],
@@ -258,10 +237,10 @@ def check_cells(row, checkpoint, samples, cache, monkeypatch):
     config, unet, counts = cm.load_trained(checkpoint)
     data, few = cm.Data(config), cm.splits(counts)["Few"]
     loss, _, d = cm.held_out_loss(unet, data.held_out, data.held_out_labels, 10, 200, 10)
-    assert np.allclose([row["loss Few"], row["d Few"]], [loss[few].mean(), d[few].mean()], 1e-5, 0)
     images, labels, _ = fid.read_images(samples)
     copies = study.memorised(images[np.isin(labels, few)], data.images)
-    assert np.isclose(row["memorised Few"], copies, 1e-5)
+    assert np.allclose(row[["loss Few", "d Few", "memorised Few"]].astype(float),
+                       [loss[few].mean(), d[few].mean(), copies], 1e-5, 0)
 
 
 def test_runs_and_samples_that_arent_finite_say_so(tiny, tmp_path, monkeypatch):

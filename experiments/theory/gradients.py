@@ -62,13 +62,6 @@ def per_sample_gradients(losses, names, x0, y, t, eps, chunk_size=32):
     return gradient(selected, x0, y, t, eps)
 
 
-def layers(unet):
-    """{name: first convolution} of the decoder's first, middle and last residual block."""
-    blocks = [i for i, m in enumerate(unet.decoder) if isinstance(m, cm.ResBlock)]
-    chosen = blocks[0], blocks[len(blocks) // 2], blocks[-1]
-    return {f"decoder.{i}.block1.2": unet.decoder[i].block1[2] for i in chosen}
-
-
 def parts(gradients, name, layer):
     """{part: [n, rows, columns]}: what the loss makes each weight want."""
     if not isinstance(layer, cm.LowRankReserved):
@@ -113,23 +106,17 @@ def estimate(g1, g2, seed=0):
     rng = np.random.default_rng(seed)
     rows = []
     for a in RATIOS:
-        n1 = round(a * N)
-        n2 = N - n1
-        predicted = np.nan
-        if abs(cos) <= 1:  # estimates of small means can leave the range
-            predicted = ndtr(quality * ndtri(theory.pi_maj(a, N, mean_mu, mean_sigma, cos)))
+        n1, n2 = round(a * N), N - round(a * N)
+        predicted = (ndtr(quality * ndtri(theory.pi_maj(a, N, mean_mu, mean_sigma, cos)))
+                     if abs(cos) <= 1 else np.nan)  # estimates of small means can leave the range
         mean = n1 * along_b1.mean(0) + n2 * along_b2.mean(0)
         spread = np.sqrt(n1 * along_b1.var(0, ddof=1) + n2 * along_b2.var(0, ddof=1))
-        sums = np.array([draw_sum(rng, along_c1, n1) + draw_sum(rng, along_c2, n2)
-                         for _ in range(BATCHES)])
+        sums = np.array([sum(  # each of a class's gradients at most once
+            along[rng.choice(len(along), n, False)].sum(0)
+            for along, n in ((along_c1, n1), (along_c2, n2))) for _ in range(BATCHES)])
         rows.append(row | {"a": a, "predicted": predicted, "projected": ndtr(mean / spread).mean(),
                            "observed": (sums > 0).mean()})
     return rows
-
-
-def draw_sum(rng, along, n):
-    """The sum of n gradients, drawn without replacement, along v: [rows] from [samples, rows]."""
-    return along[rng.choice(len(along), n, False)].sum(0)
 
 
 def measure(runs, flags, method, step, seed):
@@ -144,7 +131,9 @@ def measure(runs, flags, method, step, seed):
     config, unet, counts = cm.load_trained(out / "checkpoint.pt", "model")
     data = cm.Data(config)
     losses = cm.CapacityManipulation.from_config(unet.train(), data.counts, config)
-    chosen = layers(unet)
+    blocks = [i for i, m in enumerate(unet.decoder) if isinstance(m, cm.ResBlock)]
+    chosen = {f"decoder.{i}.block1.2": unet.decoder[i].block1[2]
+              for i in (blocks[0], blocks[len(blocks) // 2], blocks[-1])}
     names = [n for n, _ in losses.named_parameters()
              if n.startswith(tuple(f"unet.{layer}." for layer in chosen)) and "bias" not in n]
     torch.manual_seed(config.seed)
@@ -219,9 +208,7 @@ def main(argv=None):
                      functools.partial(measure, args.runs, flags))
     rows = common.numbers(common.read_table(args.rows), WORDS)
     rows["mu_1/mu_2"] = rows["mu_1"] / rows["mu_2"]
-    print(table(rows))
-    print()
-    print(summary(rows))
+    print(table(rows), summary(rows), sep="\n\n")
     draw(rows, args.assets / "gradients.png")
 
 

@@ -157,7 +157,7 @@ def sample(network, image_shape, steps, sigma_data, y, seeds):
     return x.clamp(-1, 1)
 
 
-def measure(method, seed, config, data, args, options):
+def measure(config, data, args, options, method, seed):
     """Train, sample, evaluate: rows of one and of two sampler steps."""
     config = dataclasses.replace(config, no_cm=method == "CT", seed=seed)
     sigma_data = cm.to_float(data.images).std().item()
@@ -183,8 +183,7 @@ def main(argv=None):
         options, data = common.settings(flags), cm.Data(config, cm.pick_device(config.device))
         keys = [dict(method=method, seed=seed) for seed in args.seeds for method in METHODS]
         common.study(args.rows, f"{options} --num-images {args.num_images}", keys,
-                     functools.partial(measure, config=config, data=data, args=args,
-                                       options=options))
+                     lambda **key: measure(config, data, args, options, **key))
     rows = common.numbers(common.read_table(args.rows), ("method", "options"))
     print(shared.compared(rows, DIGITS, ["CT"], by=["sampler steps"]))
     files = {f"{method}, one step": args.runs / f"{method}-{args.seeds[0]}-1.npz"

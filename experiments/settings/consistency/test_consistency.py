@@ -15,15 +15,11 @@ from experiments.settings import shared
 from experiments.settings.consistency import __main__ as ct
 
 
+COUNTS = [40, 10, 5, 2]
+
+
 def configured(**options):
     return cm.Config(image_size=8, channels=8, multipliers=(1, 2), **options).resolved()
-
-
-def weighed(d, y, margin):
-    """L_CM by the authors' weights, with the fuse, for distances d of classes y."""
-    n = torch.tensor([40, 10, 5, 2.0])
-    w = (4 * n / n.sum() - 0.2 * 4 / (n * (1 / n).sum()))[y]
-    return torch.where(w > 0, w * d, w * d.clamp(max=margin))
 
 
 def tiny(dropout=0.0, b=0.0, **options):
@@ -33,7 +29,7 @@ def tiny(dropout=0.0, b=0.0, **options):
     cm.reserve_capacity(unet.decoder, 0.25)
     for name, p in unet.named_parameters():
         p.data.add_((b if name.endswith(".B") else 0.1) * torch.randn_like(p))
-    losses = ct.ConsistencyTraining(unet, [40, 10, 5, 2], configured(**options), 0.6)
+    losses = ct.ConsistencyTraining(unet, COUNTS, configured(**options), 0.6)
     y = torch.tensor([0, 1, 2, 3, 3, 0])
     batch = (torch.randn(6, 1, 8, 8), y, torch.randn(6, 1, 8, 8), torch.where(y == 2, -1, y),
              torch.tensor([0, 1, 3, 5, 7, 7]), ct.make_grid(9))
@@ -74,14 +70,14 @@ def test_f_is_the_identity_at_sigma_min_and_scaled_elsewhere():
     assert torch.allclose(seen[0][1], torch.tensor(250 * math.log(0.802)))
 
 
-def test_L_CM_sees_F_at_the_larger_sigma_only_and_the_target_nothing():
+def test_L_CM_sees_F_at_the_larger_sigma_only_and_the_target_nothing(weighed):
     losses, batch = tiny(b=0.3, lam=0.5, div_margin=1e-3)
     x0, y, eps, y_in, n, grid = batch
     total, base, loss_cm = losses(*batch)
     small, large = (sigma.float()[:, None, None, None] for sigma in (grid[n], grid[n + 1]))
     F, F_g = F_and_general(losses.unet, x0 + large * eps, grid[n + 1], y_in)
     d = (F - F_g).square().mean((1, 2, 3))
-    expected = weighed(d, y, 1e-3)
+    expected = weighed(d, y, COUNTS, margin=1e-3).float()
     assert d.min() > 1e-3  # so that the fuse matters
     assert torch.allclose(loss_cm, expected, rtol=1e-4, atol=1e-6) and loss_cm.abs().min() > 0
     f = ct.consistency(losses.unet, x0 + large * eps, grid[n + 1], y_in, 0.6)
@@ -110,13 +106,13 @@ def test_theta_shares_its_dropout_masks_with_the_target_and_theta_g_its_own_unle
     assert not first[2].any() and (first[1] != second[1]).all()
 
 
-def test_held_out_measures_one_by_one():
+def test_held_out_measures_one_by_one(weighed):
     losses, _ = tiny(b=0.3)
     unet = losses.unet.requires_grad_(False)
     labels = torch.arange(4).repeat_interleave(3)
     data = SimpleNamespace(
         images=torch.zeros(1), held_out=torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8),
-        held_out_labels=labels, names="abcd", counts=torch.tensor([40, 10, 5, 2]))
+        held_out_labels=labels, names="abcd", counts=torch.tensor(COUNTS))
     found = ct.held_out(unet, data, configured(lam=0.5), 0.6, 2, 3)
     eps = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     base, few, shares = [], [], []
@@ -130,7 +126,7 @@ def test_held_out_measures_one_by_one():
         few += base[-1:] if y.item() in (2, 3) else []
         F, F_g = F_and_general(unet, x0 + large.float() * eps[i], large, y)
         d = (F - F_g).square().mean((1, 2, 3))
-        shares.append(0.5 * weighed(d, y, 0.1).abs().item())
+        shares.append(0.5 * weighed(d, y, COUNTS).abs().item())
     assert found["held-out loss Few"] == pytest.approx(sum(few) / 12, rel=1e-4)
     share = sum(shares) / (sum(shares) + sum(base))
     assert found["held-out share"] == pytest.approx(share, rel=1e-4)

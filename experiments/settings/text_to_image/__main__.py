@@ -78,7 +78,7 @@ class Setting:
         self.images, self.captions, self.labels = shapes.captioned_images(args.n_max, seed=0)
         index = cm.long_tail_indices(self.labels, args.ir, n_max=args.n_max)
         self.counts = np.bincount(self.labels[index])
-        self.words = sorted({word for caption in self.captions for word in shapes.split(caption)})
+        self.words = sorted(set(" ".join(self.captions).replace(",", "").split()))
         self.vae, self.scale = self.autoencoder(), 1
         self.scale = self.latents(self.images[index]).std()  # so that latents have variance 1
         ids = shapes.word_ids([self.captions[i] for i in index], self.words)
@@ -187,12 +187,10 @@ def draw(setting, captions, path, columns=6):
 @common.interruptible
 def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
-    for name, default, text in (("n-max", 1000, "images in the largest class"),
-                                ("ir", 100.0, "imbalance ratio"),
-                                ("steps", 4000, "training steps of a network"),
-                                ("num-images", 100, "generated images a class")):
-        parser.add_argument(f"--{name}", type=type(default), default=default,
-                            help=f"{text} [default: {default:g}]")
+    parser.add_argument("--n-max", type=int, default=1000, help="largest class [%(default)s]")
+    parser.add_argument("--ir", type=float, default=100, help="imbalance ratio [%(default)s]")
+    parser.add_argument("--steps", type=int, default=4000, help="of training [%(default)s]")
+    parser.add_argument("--num-images", type=int, default=100, help="a class [%(default)s]")
     parser.add_argument("--prompt", help="draw this into RUNS/prompt.png, and do nothing else")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads

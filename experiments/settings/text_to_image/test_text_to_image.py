@@ -92,7 +92,8 @@ def test_captions_are_dropped_as_often_as_said(monkeypatch):
     assert abs(eps.std() - 1) < 0.03 and eps.shape == x0.shape
 
 
-def test_the_loss_is_eq_4_and_capacity_lies_in_the_up_blocks_of_diffusers_network(monkeypatch):
+def test_the_loss_is_eq_4_and_capacity_lies_in_the_up_blocks_of_diffusers_network(
+        weighed, monkeypatch):
     x0, eps = torch.randn(2, 10, 4, 8, 8)
     y, t, ids = torch.arange(10), torch.randint(1000, (10,)), torch.randint(21, (10, 7))
     monkeypatch.setattr(t2i, "draw_batch", lambda: (x0, y, t, eps, ids))
@@ -122,12 +123,10 @@ def test_the_loss_is_eq_4_and_capacity_lies_in_the_up_blocks_of_diffusers_networ
     with torch.no_grad():
         ours, general = predicted(theta), predicted(theta_g)
         assert not torch.allclose(ours, predicted(theta), atol=1e-3)  # there is dropout
-    n = torch.tensor(COUNTS, dtype=torch.float64)
-    w = 10 * n / n.sum() - 0.2 * 10 / (n * (1 / n).sum())
     d = (ours - general).square().mean((1, 2, 3))
-    capped = (w < 0) & (d > 0.1)
-    assert capped.any() and (w > 0).any() and d[w > 0].max() > 0.1
-    expected = (ours - eps).square().mean() + torch.where(capped, 0.1 * w, d * w).mean()
+    loss_cm = weighed(d, y, COUNTS)
+    assert d[loss_cm < 0].max() > 0.1 and d[loss_cm > 0].max() > 0.1  # past the fuse, or without
+    expected = (ours - eps).square().mean() + loss_cm.mean()
     torch.manual_seed(3)
     assert torch.allclose(loss(1).double(), expected, rtol=1e-5)
 
