@@ -1,9 +1,9 @@
 """What several chapters' tests share."""
 
 import functools
-import itertools
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -49,24 +49,16 @@ def stopped_and_whole(tmp_path, monkeypatch, capsys):
     from experiments import common  # it needs pandas, which the exercises don't
     monkeypatch.setattr(common, "train", functools.partial(common.train, every=1))
 
-    def killed(function, at):
-        calls = itertools.count(1)
-
-        def called(*args):
-            if next(calls) == at:
-                raise KeyboardInterrupt
-            return function(*args)
-
-        return called
-
     def both(main, args, *kills):
         results = []
         for name, stops in (("whole", ()), ("stopped", kills)):
             (tmp_path / name).mkdir()
             monkeypatch.chdir(tmp_path / name)
             for module, function, number in stops:
+                effects = [*(number - 1) * [mock.DEFAULT], KeyboardInterrupt]
+                killed = mock.Mock(wraps=getattr(module, function), side_effect=effects)
                 with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-                    patch.setattr(module, function, killed(getattr(module, function), number))
+                    patch.setattr(module, function, killed)
                     main(args)
             main(args)
             capsys.readouterr()

@@ -69,10 +69,6 @@ def agree(losses, of_sample, ours, theirs=None, rtol=1e-5):
             assert torch.allclose(a.double(), b.double(), rtol, atol)
 
 
-# ------------------------------------------------------------------------------------------------
-# CM taken apart
-
-
 N = np.array(COUNTS, float)
 W = 4 * N / N.sum() - 0.2 * 4 * (1 / N) / (1 / N).sum()  # Eq. (3)
 
@@ -113,10 +109,6 @@ def test_two_passes_and_their_gradients():
     passes = torch.stack([module.unet(noised(x0, t, eps), t, y_in) for _ in range(2)])
     assert (passes[0] != passes[1]).flatten(1).any(1).all() and not losses[3].any()
     agree(losses, lambda i: ((passes[:, i] - eps[i]).square().mean(), 0), module.unet.parameters())
-
-
-# ------------------------------------------------------------------------------------------------
-# Overlap
 
 
 def step_kl(eps, eps_other, t):
@@ -169,33 +161,26 @@ def test_overlap_draws_the_same_masks_for_both_classes():
     assert not first[3].any() and (first[1] != second[1]).all()
 
 
-# ------------------------------------------------------------------------------------------------
-# ADA
-
-
-CHANGES = ("flip_x", "flip_y", "scale", "angle", "stretch", "axis", "right", "down")
-ALL, PIXEL = slice(None), 8 / 9  # a shift of one of nine pixels
-HALF = slice(2, 7), slice(None, None, 2)  # of an image at half size, and of the whole one
-
-
-@pytest.mark.parametrize("values, expected, rows, columns", [
-    (dict(flip_x=1), lambda x: x.flip(3), ALL, ALL),
-    (dict(flip_y=1), lambda x: x.flip(2), ALL, ALL),
-    (dict(angle=math.pi / 2), lambda x: x.rot90(-1, (2, 3)), ALL, ALL),  # clockwise
-    (dict(right=2 * PIXEL), lambda x: x[..., :-2], ALL, slice(2, None)),
-    (dict(right=2 * PIXEL), lambda x: x[..., [1, 0]], ALL, slice(2)),  # mirrored at the border
-    (dict(down=-3 * PIXEL), lambda x: x[:, :, 3:], slice(-3), ALL),
-    (dict(scale=-5), lambda x: x[..., ::2, ::2], HALF[0], HALF[0]),
-    (dict(stretch=-5), lambda x: x[..., HALF[0], ::2], HALF[1], HALF[0]),  # half as wide
-    (dict(stretch=-5, axis=math.pi / 2), lambda x: x[..., ::2, HALF[0]], HALF[0], HALF[1])])
-def test_ada_moves_pixels_as_its_changes_say(values, expected, rows, columns):
+def test_ada_moves_pixels_as_its_changes_say():
     images = torch.rand(3, 2, 9, 9, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    changes = torch.zeros(8, 3)
-    for name, value in values.items():
-        changes[CHANGES.index(name)] = value
-    warped = baselines.warp(images, changes)[..., rows, columns]
-    exact = values.keys() <= {"flip_x", "flip_y"}
-    assert torch.allclose(warped, expected(images), 0, 0 if exact else 1e-5)
+    pixel, half = 8 / 9, slice(2, 7)  # a shift of one of nine pixels; of an image at half size
+    names = ("flip_x", "flip_y", "scale", "angle", "stretch", "axis", "right", "down")
+
+    def warped(**values):
+        changes = torch.tensor([values.get(name, 0.0) for name in names])
+        return baselines.warp(images, changes[:, None].expand(8, 3))
+
+    assert torch.equal(warped(flip_x=1), images.flip(3))  # without rounding
+    assert torch.equal(warped(flip_y=1), images.flip(2))
+    right = warped(right=2 * pixel)
+    for ours, expected in (
+            (warped(angle=math.pi / 2), images.rot90(-1, (2, 3))),  # clockwise
+            (right[..., 2:], images[..., :-2]), (right[..., :2], images[..., [1, 0]]),  # mirrored
+            (warped(down=-3 * pixel)[:, :, :-3], images[:, :, 3:]),
+            (warped(scale=-5)[..., half, half], images[..., ::2, ::2]),
+            (warped(stretch=-5)[..., ::2, half], images[..., half, ::2]),  # half as wide
+            (warped(stretch=-5, axis=math.pi / 2)[..., half, ::2], images[..., ::2, half])):
+        assert torch.allclose(ours, expected, atol=1e-5)
 
 
 def test_ada_leaves_images_without_a_change_as_they_are():
@@ -289,10 +274,6 @@ def test_ada_draws_each_change_with_its_probability():
     assert not tiny(baselines.ADA, baselines.told_unet, "--no-cm", "--no-flip").flip
 
 
-# ------------------------------------------------------------------------------------------------
-# Group-Expert LoRA
-
-
 def plain_weights(unet, group):
     """The weights of a plain UNet that is `unet` for the samples of one group, None for none."""
     weights = {name: p for name, p in unet.named_parameters()
@@ -326,20 +307,13 @@ def test_group_experts_and_their_gradients_against_plain_networks():
 def test_experts_have_a_third_of_cms_rank_and_start_at_nothing():
     for ratio in ("0.9", "0.07"):
         flags = ["--rank-ratio", ratio, "--channels", "16"]
-        reserved = dict(cm.make_unet(configure(*flags), 4, 1).named_modules())
+        reserved = cm.reserved_layers(cm.make_unet(configure(*flags), 4, 1))
         unet = baselines.group_expert_unet(configure("--no-cm", *flags), 4, 1)
-        experts = {name: m for name, m in unet.named_modules()
-                   if isinstance(m, baselines.GroupExperts)}
-        assert list(experts) == [name for name, m in reserved.items()
-                                 if isinstance(m, cm.LowRankReserved)]
-        for name, m in experts.items():
-            third = max(1, len(reserved[name].A) // 3)
-            assert len(m.A.weight) == m.B.weight.shape[1] == 3 * third
+        experts = [m for m in unet.modules() if isinstance(m, baselines.GroupExperts)]
+        for m, cms in zip(experts, reserved, strict=True):
+            assert m.layer.weight.shape == cms.weight.shape
+            assert len(m.A.weight) == m.B.weight.shape[1] == 3 * max(1, len(cms.A) // 3)
             assert not m.B.weight.any() and m.A.weight.std() > 0 and m.A.bias is m.B.bias is None
-
-
-# ------------------------------------------------------------------------------------------------
-# Runs of cm.py
 
 
 @pytest.mark.parametrize("name", ["agreement alone", "ADA", "Overlap", "Group-Expert LoRA"])

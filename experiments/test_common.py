@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,6 @@ from experiments import baselines, benchmark, common, make_fashion16, picture
 HERE = Path(__file__).parent
 MINIATURE = ["--channels", "8", "--multipliers", "1", "2", "--image-size", "8",
              "--batch-size", "8", "--warmup", "1", "--log-every", "2"]
-
-# ------------------------------------------------------------------------------------------------
-# Every chapter
 
 WITH_ROWS = sorted(path for path in HERE.rglob("*.py")
                    if "common.parser(__file__, __doc__" in path.read_text()
@@ -48,21 +46,12 @@ def test_a_table_is_printed_as_its_file_shows_it(path, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == TABLES[path].read_text()
 
 
-@pytest.mark.parametrize("path", sorted(HERE.rglob("*.csv")), ids=name_of)
-def test_committed_rows_are_rewritten_to_the_byte(path, tmp_path):
-    common.write_rows(tmp_path / "rows.csv", common.read_rows(path))
-    assert (tmp_path / "rows.csv").read_bytes() == path.read_bytes()
-
-
 @pytest.mark.parametrize("script, arguments, says", [
     *[(name_of(path), "--table", "has no rows") for path in WITH_ROWS],
-    ("study/__main__.py", "--steps x", "invalid int"),
     ("study/__main__.py", "--table --lr 1", "--lr has no meaning beside --table"),
     ("theory/divergence.py", "--lr 1", "--lr has no meaning"),
     ("theory/gradients.py", "--seed 5", "type --seeds"),
-    ("theory/gradients.py", "--batch-size 0", "--batch-size is 0"),
     ("theory/pruning.py", "", "type the checkpoint.pt"),
-    ("theory/pruning.py", "none.pt", "can't be loaded"),
     ("theory/assumptions.py", "--trials 5", "unrecognized arguments"),
     ("picture.py", "--rare none.pt none.pt", "can't be loaded"),
     ("settings/finetune/__main__.py", "--rank-ratio 0.1", "--rank-ratio has no meaning"),
@@ -81,23 +70,8 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, says, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_the_commands_of_readmes_parse(capsys):
-    of_cm = {"--" + name.replace("_", "-") for name in cm.Config.__dataclass_fields__}
-    commands = [(path, *command) for path in READMES for command in re.findall(
-        r"python -m experiments\.([\w.]+)([^\n`#]*)", path.read_text())]
-    assert len(commands) > 5
-    for path, script, arguments in commands:
-        place = HERE.joinpath(*script.split("."))
-        place = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
-        assert place.is_file(), (path, script)
-        with pytest.raises(SystemExit):
-            module(place).main(["--help"])
-        own = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-        assert set(re.findall(r"--[a-z][a-z-]*", arguments)) <= own | of_cm, (path, script)
-
-
 @pytest.mark.parametrize("path", READMES, ids=name_of)
-def test_a_readme_is_short_its_verdict_first_its_links_whole(path):
+def test_a_readme_is_short_its_verdict_first_its_links_whole_its_commands_parse(path, capsys):
     text = path.read_text()
     lines = [line for line in text.splitlines() if line.strip()]
     assert lines[0].startswith("# ") and lines[1].startswith("**")
@@ -105,15 +79,16 @@ def test_a_readme_is_short_its_verdict_first_its_links_whole(path):
         assert len(text.splitlines()) <= (100 if path.parent == HERE else 120)
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in link or (path.parent / link).exists(), link
-
-
-def test_readme_shows_a_variation_in_full():
-    shown = f"```python\n{inspect.getsource(baselines.TwoPasses)}```\n"
-    assert shown in (HERE / "README.md").read_text()
-
-
-# ------------------------------------------------------------------------------------------------
-# common.py: rows and options
+    for name in re.findall(r"```python\nclass (\w+)\(cm", text):  # a variation, in full
+        assert f"```python\n{inspect.getsource(getattr(baselines, name))}```\n" in text, name
+    of_cm = {"--" + name.replace("_", "-") for name in cm.Config.__dataclass_fields__}
+    for script, arguments in re.findall(r"python -m experiments\.([\w.]+)([^\n`#]*)", text):
+        place = HERE.joinpath(*script.split("."))
+        place = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+        with pytest.raises(SystemExit):
+            module(place).main(["--help"])
+        own = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        assert set(re.findall(r"--[a-z][a-z-]*", arguments)) <= own | of_cm, script
 
 
 def test_what_has_no_row_is_measured_and_rows_are_replaced(tmp_path):
@@ -153,18 +128,16 @@ def test_options_of_cm_and_of_a_table():
 
 def test_a_run_goes_on_and_says_where_it_ran_off(tmp_path, monkeypatch):
     monkeypatch.setattr(cm, "report", lambda *_: None)
-    out, networks = tmp_path / "run", []
+    out = tmp_path / "run"
     out.mkdir()
     (out / "log.csv").write_text("killed before there was a checkpoint")
-
-    def network(*args):
-        networks.append(args)
-        return cm.make_unet(*args)
-
-    for steps in ("2", "3", "3"):
-        assert common.run([*MINIATURE, "--steps", steps], out, network=network) == ""
-    assert len(networks) == 2  # what is finished isn't touched
+    for steps in ("2", "3"):
+        assert common.run([*MINIATURE, "--steps", steps], out) == ""
     assert common.read_rows(out / "log.csv")["step"].tolist() == ["2", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cm, "train", None)  # what is finished isn't touched
+        assert common.run([*MINIATURE, "--steps", "3"], out) == ""
+
     draw, made = cm.draw_batch, [*MINIATURE, "--steps", "9"]
 
     def runs_off(data, config, size, step, rank):
@@ -176,10 +149,6 @@ def test_a_run_goes_on_and_says_where_it_ran_off(tmp_path, monkeypatch):
         assert common.run(made, out) == "not finite between steps 4 and 6"
     with pytest.raises(ValueError, match="--lr is 1.0"):
         common.run([*made, "--lr", "1"], out)
-
-
-# ------------------------------------------------------------------------------------------------
-# common.py: statistics, tables, samples
 
 
 def test_differences_against_scipys_paired_intervals():
@@ -204,13 +173,9 @@ def test_holm_against_a_hand_worked_example():
     assert np.allclose(common.holm([0.5, math.nan, 0.001]), [1, 1, 0.003])
 
 
-# ------------------------------------------------------------------------------------------------
-# common.py: the training loop
-
-
-def trained(path, steps=20, stop=(0, None), **how):
-    """What common.train makes of a small network with dropout: (its weights, the steps made). stop:
-    a step, and what happens there, an exception or a loss."""
+def trained(path, steps=20, act=lambda i: None, **how):
+    """What common.train makes of a small network with dropout: (its weights, the steps made). act
+    is called after each step; what it returns is the step's loss."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
     adam, seen = torch.optim.Adam(net.parameters()), []
@@ -221,9 +186,7 @@ def trained(path, steps=20, stop=(0, None), **how):
         loss.backward()
         adam.step()
         seen.append(i)
-        if i == stop[0] and isinstance(stop[1], BaseException):
-            raise stop[1]
-        return stop[1] if i == stop[0] else loss
+        return act(i) or loss
 
     common.train(step, {"net": net, "adam": adam}, path, steps, **{"every": 6} | how)
     return nn.utils.parameters_to_vector(net.parameters()).detach(), seen
@@ -234,7 +197,7 @@ def test_training_killed_goes_on_bit_for_bit(tmp_path):
     assert seen == list(range(1, 21))
     path = tmp_path / "new" / "cut.pt"
     with pytest.raises(KeyboardInterrupt):
-        trained(path, stop=(14, KeyboardInterrupt()))
+        trained(path, act=mock.Mock(side_effect=[*13 * [None], KeyboardInterrupt]))
     for left in (list(range(13, 21)), []):  # then nothing is left to do
         torch.rand(3)  # what was drawn in between doesn't matter
         weights, seen = trained(path)
@@ -245,16 +208,12 @@ def test_training_killed_goes_on_bit_for_bit(tmp_path):
 def test_training_keeps_its_last_good_checkpoint_and_refuses_one_that_does_not_fit(tmp_path):
     path = tmp_path / "c.pt"
     with pytest.raises(FloatingPointError, match="not finite at step 12"):
-        trained(path, stop=(12, math.nan), options="--lr 1")
+        trained(path, act=lambda i: math.nan if i == 12 else None, options="--lr 1")
     assert trained(path, 7, options="--lr 1")[1] == [7]
     for steps, how, says in ((8, {}, "other options"), (6, {"options": "--lr 1"}, "at step 7"),
                              (8, {"options": "--lr 1", "seed": 1}, "seed 0, --lr 1")):
         with pytest.raises(ValueError, match=says):
             trained(path, steps, **how)
-
-
-# ------------------------------------------------------------------------------------------------
-# benchmark.py, picture.py, make_fashion16.py
 
 
 def test_benchmark_in_a_miniature(capsys, monkeypatch):
@@ -265,8 +224,8 @@ def test_benchmark_in_a_miniature(capsys, monkeypatch):
     out = capsys.readouterr().out
     times, memory = re.search(r"has ([\d.]+) times .* keeps ([\d.]+) times", out).groups()
     assert 2 <= float(times) < 2.1 and 1.7 < float(memory) < 2.3
-    rows = re.findall(r"\| +([\d.]+) +\| +([\d.]+) +\| +([\d.]+) \[", out)
-    a, b, ratio = map(float, rows[-1])  # the step: long enough for its digits
+    *_, step = rows = re.findall(r"\| +([\d.]+) +\| +([\d.]+) +\| +([\d.]+) \[", out)
+    a, b, ratio = map(float, step)
     assert len(rows) == 4 and abs(ratio / (b / a) - 1) < 0.1
 
 

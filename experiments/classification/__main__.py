@@ -15,6 +15,7 @@ import math
 import re
 
 import numpy as np
+
 import cm
 from experiments import common
 from experiments.classification import classifiers

@@ -87,10 +87,9 @@ class Setup:
             training = classifiers.Images(torch.cat([training.images, images.to(device)]),
                                           torch.cat([training.labels, labels.to(device)]))
         base, balanced = ALONE.get(setting, ALONE["real images"])
+        path = self.args.runs / f"{setting}-{guidance}-{seed}.pt"
         net = classifiers.fit(self.config.dataset, training, self.data.counts, base, seed,
-                              self.args.classifier_steps,
-                              self.args.runs / f"{setting}-{guidance}-{seed}.pt", self.options,
-                              balanced=balanced)
+                              self.args.classifier_steps, path, self.options, balanced=balanced)
         return [row | scores(classifiers.confusion(net, self.data), self.data.counts.cpu())]
 
 

@@ -33,10 +33,6 @@ def close(ours, theirs, **tolerance):
     return all(torch.allclose(a, b, **tolerance) for a, b in zip(ours, theirs, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------
-# Losses, network, training
-
-
 @pytest.mark.parametrize("base", ["LDAM", "LA"])
 def test_base_losses_and_gradients_as_the_papers_write_them(base):
     torch.manual_seed(0)
@@ -215,14 +211,7 @@ def test_measures_are_scikit_learns_means_over_classes():
     ours = cls.accuracies(net, data, groups, "general")
     assert list(ours.values()) == pytest.approx([*recalls, recall.mean()])
     assert list(ours) == [f"general {name}" for name in ("Many", "Medium", "Few", "overall")]
-
-
-def test_groups_of_table_G13():
     assert [k.tolist() for k in cls.by_shots([101, 100, 20, 19]).values()] == [[0], [1, 2], [3]]
-
-
-# ------------------------------------------------------------------------------------------------
-# Rows, tables, generators
 
 
 def test_a_row_is_of_theta_and_theta_g_or_says_where_it_ran_off(monkeypatch):
@@ -274,46 +263,43 @@ def test_generators_differ_in_what_they_say(tmp_path, monkeypatch):
 
 
 def test_classifiers_are_trained_on_what_their_setting_says(tmp_path, monkeypatch):
-    setup, calls, asked = make_setup(tmp_path), [], []
+    setup, fit, samples = make_setup(tmp_path), mock.Mock(), mock.Mock()
     images, labels = torch.randint(256, (50, 1, 8, 8), dtype=torch.uint8), torch.arange(50) % 10
-    monkeypatch.setattr(setup, "samples", lambda *of: asked.append(of))
+    monkeypatch.setattr(setup, "samples", samples)
     monkeypatch.setattr(fid, "read_images", lambda path: (images, labels, None))
     monkeypatch.setattr(setup, "label_accuracy", lambda *_: {})
-    monkeypatch.setattr(classifiers, "fit", lambda *args, **how: calls.append((*args, how)))
+    monkeypatch.setattr(classifiers, "fit", fit)
     monkeypatch.setattr(classifiers, "confusion", lambda net, data: torch.eye(10))
     for setting, w, seed in (("real images", "", 20), ("re-sampling", "", 20), ("LA", "", 20),
                              ("CM", 1.5, 20), ("RS", 0, 21)):
         [row] = setup.measure(setting, w, seed)
-        _, training, counts, base, *rest, how = calls[-1]
-        assert counts is setup.data.counts
-        assert rest == [seed, 3, tmp_path / f"{setting}-{w}-{seed}.pt", setup.options]
-        assert base == ("LA" if setting == "LA" else "CE")
-        assert how == {"balanced": setting == "re-sampling"}
+        training = fit.call_args.args[1]
+        fit.assert_called_with("fashion16", training, setup.data.counts,
+                               "LA" if setting == "LA" else "CE", seed, 3,
+                               tmp_path / f"{setting}-{w}-{seed}.pt", setup.options,
+                               balanced=setting == "re-sampling")
         n = 50 if setting in ("CM", "RS") else 0  # new images
         assert torch.equal(training.images, torch.cat([setup.data.images, images[:n]]))
         assert torch.equal(training.labels, torch.cat([setup.data.labels, labels[:n]]))
-    assert asked == [("CM", 1.5, 5), ("RS", 0, 6)] and row["generator seed"] == 6
+    assert samples.call_args_list == [mock.call("CM", 1.5, 5), mock.call("RS", 0, 6)]
+    assert row["generator seed"] == 6
 
 
 def test_the_judge_of_labels_is_trained_on_the_whole_balanced_set(
         fewer_images, tmp_path, monkeypatch):
     fewer_images(20, 4)
-    seen = []
-    monkeypatch.setattr(fid, "train_classifier", lambda *args, seed: (
-        seen.append((*args, seed)), (fid.Classifier(1, 10), 0.5))[1])
+    train = mock.Mock(return_value=(fid.Classifier(1, 10), 0.5))
+    monkeypatch.setattr(fid, "train_classifier", train)
     labels = torch.arange(30) % 10
     monkeypatch.setattr(fid, "extract", lambda net, images, what: (
         None, F.one_hot(torch.where(labels == 9, 0, labels), 10)))  # it takes class 9 for 0
     for _ in range(2):  # then it is kept
         found = make_setup(tmp_path).label_accuracy(torch.zeros(30, 1, 8, 8), labels)
         assert list(found.values()) == pytest.approx([0.9, 0.75])  # of all, of Few
-    (_, of_training, _, of_test, *_, seed), = seen
+    _, of_training, _, of_test, *_ = train.call_args.args
     assert of_training.bincount().tolist() == [20] * 10 and of_test.bincount().tolist() == [4] * 10
-    assert seed == 2  # FD's have seeds 0 and 1
+    assert train.call_count == 1 and train.call_args.kwargs == {"seed": 2}  # FD's have 0 and 1
 
-
-# ------------------------------------------------------------------------------------------------
-# Commands
 
 MINIATURE = "--n-max 12 --ir 6 --image-size 8 --seeds 5 --runs runs --rows rows.csv --assets . "
 GENERATOR = ("--channels 4 --multipliers 1 2 --batch-size 4 --steps 3 --classifier-steps 3 "

@@ -28,15 +28,14 @@ def test_fit_trains_what_is_not_frozen_and_ends_with_its_averages(tmp_path, monk
         assert adam.param_groups[0]["weight_decay"] == 0.1
 
     monkeypatch.setattr(cm, "update", recorded)
-    extra = nn.Linear(1, 1)
     shared.fit(net, lambda i: (net(torch.randn(4, 3)) - i).square().mean(), tmp_path / "x.pt", "",
-               5, 0, 0.1, warmup=4, ema=0.15, weight_decay=0.1, extra=extra)
+               5, 0, 0.1, warmup=4, ema=0.15, weight_decay=0.1)
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
     assert torch.allclose(net.weight, average) and torch.equal(net.bias, bias)
     assert not net.training and not net.weight.requires_grad
     saved = torch.load(tmp_path / "x.pt")["state"]
     assert not torch.allclose(saved["trained"]["0"], average)
-    assert saved["trained"].keys() == {"0"} and saved["extra"].keys() == {"weight", "bias"}
+    assert saved["trained"].keys() == {"0"}
 
 
 def test_samples_are_of_classes_in_turn_scored_by_split_and_drawn_by_class(tmp_path, monkeypatch):

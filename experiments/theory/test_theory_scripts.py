@@ -25,10 +25,6 @@ def own(tmp_path, monkeypatch):
     return ["--rows", str(tmp_path / "rows.csv"), "--assets", str(tmp_path)]
 
 
-# ------------------------------------------------------------------------------------------------
-# pruning.py
-
-
 def test_pruning_share_is_exact_and_takes_the_smallest():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 3))
@@ -58,10 +54,6 @@ def test_pruning_end_to_end(own, tmp_path, monkeypatch):
     assert np.allclose(rows["change"], rows["pruned"] / rows["raw"] - 1, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------
-# divergence.py
-
-
 def test_divergence_trains_what_it_says_and_finds_when_it_runs_off(own, tmp_path, monkeypatch):
     made, ran_off = {}, "not finite between steps 250 and 300"
     name, at_once = "large-100-0.2-3e-3-inf-20", "small-100-1-3e-3-inf-21"
@@ -87,10 +79,6 @@ def test_divergence_trains_what_it_says_and_finds_when_it_runs_off(own, tmp_path
                         (made["small-600-1-2e-4-0.1-21"], (1000, 600, 16, 16, 1, 2e-4, 0.1, 21))):
         assert (c.n_max, c.ir, c.image_size, c.channels, c.w_div, c.lr, c.div_margin,
                 c.seed) == expected
-
-
-# ------------------------------------------------------------------------------------------------
-# gradients.py
 
 
 @pytest.mark.parametrize("reserve", [False, True])
@@ -198,13 +186,7 @@ def test_gradients_end_to_end_goes_on(own, tmp_path, monkeypatch):
         rows = common.read_rows(tmp_path / "rows.csv")
         assert len(rows) == len(stops) * 5 * 3 * (1 + 3) and set(rows["method"]) == {"DDPM", "CM"}
     assert not rows.duplicated(["method", "step", "layer", "part", "a"]).any()
-    log = common.read_rows(tmp_path / "runs" / "CM-11" / "log.csv")
-    assert log["step"].tolist() == ["2", "3", "4", "6"]  # trained once
     assert (tmp_path / "gradients.png").is_file()
-
-
-# ------------------------------------------------------------------------------------------------
-# assumptions.py
 
 
 def test_assumptions_break_one_thing_each():

@@ -114,34 +114,31 @@ def test_held_out_measures_one_by_one(weighed):
         images=torch.zeros(1), held_out=torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8),
         held_out_labels=labels, names="abcd", counts=torch.tensor(COUNTS))
     found = ct.held_out(unet, data, configured(lam=0.5), 0.6, 2, 3)
+    # three times the first two of each class, at pairs 3, 10 and 16
     eps = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    base, few, shares = [], [], []
-    for i in range(24):  # three times the first two of each class, at pairs 3, 10 and 16
-        which, n = [0, 1, 3, 4, 6, 7, 9, 10][i % 8], (3, 10, 16)[i // 8]
-        y, x0 = labels[which:which + 1], data.held_out[which:which + 1] / 127.5 - 1
-        small, large = ct.make_grid(21)[n:n + 2].split(1)
-        f, target = (ct.consistency(unet, x0 + sigma.float() * eps[i], sigma, y, 0.6)
-                     for sigma in (large, small))
-        base.append((f - target).square().mean().item())
-        few += base[-1:] if y.item() in (2, 3) else []
-        F, F_g = F_and_general(unet, x0 + large.float() * eps[i], large, y)
-        d = (F - F_g).square().mean((1, 2, 3))
-        shares.append(0.5 * weighed(d, y, COUNTS).abs().item())
-    assert found["held-out loss Few"] == pytest.approx(sum(few) / 12, rel=1e-4)
-    share = sum(shares) / (sum(shares) + sum(base))
+    which = torch.tensor([0, 1, 3, 4, 6, 7, 9, 10]).repeat(3)
+    n = torch.tensor([3, 10, 16]).repeat_interleave(8)
+    y, x0, sigmas = labels[which], data.held_out[which] / 127.5 - 1, ct.make_grid(21)
+    noisy = [x0 + sigmas[k].float()[:, None, None, None] * eps for k in (n, n + 1)]
+    target, f = (ct.consistency(unet, x, sigmas[k], y, 0.6)
+                 for x, k in zip(noisy, (n, n + 1), strict=True))
+    base = (f - target).square().mean((1, 2, 3))
+    F, F_g = F_and_general(unet, noisy[1], sigmas[n + 1], y)
+    shares = 0.5 * weighed((F - F_g).square().mean((1, 2, 3)), y, COUNTS).abs()
+    assert found["held-out loss Few"] == pytest.approx(base[y >= 2].mean().item(), rel=1e-4)
+    share = (shares.mean() / (shares + base).mean()).item()
     assert found["held-out share"] == pytest.approx(share, rel=1e-4)
 
 
-class Line(nn.Module):
+class Line(nn.Sequential):
     """F of one number and its time."""
 
     def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(),
-                                    nn.Linear(32, 1))
+        super().__init__(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(),
+                         nn.Linear(32, 1))
 
     def forward(self, x, t, y):
-        return self.layers(torch.cat([x.flatten(1), t[:, None] / 1000], 1))[:, :, None, None]
+        return super().forward(torch.cat([x.flatten(1), t[:, None] / 1000], 1))[..., None, None]
 
 
 def train_line(steps, path, monkeypatch):

@@ -78,7 +78,7 @@ class Setting:
         self.images, self.captions, self.labels = shapes.captioned_images(args.n_max, seed=0)
         index = cm.long_tail_indices(self.labels, args.ir, n_max=args.n_max)
         self.counts = np.bincount(self.labels[index])
-        self.words = sorted(set(" ".join(self.captions).replace(",", "").split()))
+        self.words = sorted(set(" ".join(self.captions).lower().replace(",", " ").split()))
         self.vae, self.scale = self.autoencoder(), 1
         self.scale = self.latents(self.images[index]).std()  # so that latents have variance 1
         ids = shapes.word_ids([self.captions[i] for i in index], self.words)
