@@ -5,8 +5,6 @@ Each is a loss module, a network, or both, for `cm.train`; `cm.load_trained` and
 the network. `BASELINES`, at the end, names them with their options. Others need no code: capacity
 alone is `--same-masks`, CBDM (theta_g ⊕ theta_e) `--base cbdm --lam 0`, CM with RS `--resample
 0.5`.
-
-It has no command line. The scripts import this file.
 """
 
 import dataclasses
@@ -260,9 +258,7 @@ def group_expert_unet(config, num_classes, image_channels):
     """Experts for Many, Medium and Few wherever CM reserves, with a third of its rank, at least 1.
 
     They are trained from scratch with the general weights. `router` [C + 1, 3] is 1 where a class
-    is in a group; its last row, y = -1, stays 0. Raises ValueError if unconditional."""
-    if config.label_drop == 1:
-        raise ValueError("--label-drop 1 leaves no label to choose the expert")
+    is in a group; its last row, y = -1, stays 0."""
     with_ba = dataclasses.replace(config, no_cm=False)
     unet = cm.make_unet(with_ba, num_classes, image_channels)
     cm.replace_modules(unet.decoder, {

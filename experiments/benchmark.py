@@ -8,7 +8,6 @@ speed changes. A step is forward and backward of one batch, memory what it keeps
 pass. The metrics, of random features of Inception's size, need torch-fidelity.
 """
 
-import sys
 import time
 
 import numpy as np
@@ -34,14 +33,13 @@ def seconds(function):
 
 def compare(name, a, b):
     """A row: median seconds of a and b, the median and range of b's over a's."""
-    seconds(a), seconds(b)  # the first calls also allocate
-    pairs = np.array([(seconds(a), seconds(b)) for _ in range(REPEATS)])
+    pairs = np.array([(seconds(a), seconds(b)) for _ in range(REPEATS + 1)])
+    pairs = pairs[1:]  # the first calls also allocate
     first, second = np.median(pairs, 0)
     ratios = pairs[:, 1] / pairs[:, 0]
-    shown = f"{np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]"
-    print(f"{name}: {shown}", file=sys.stderr)  # minutes go by
     return {"B over A": name, "A, s": f"{first:.3f}", "B, s": f"{second:.3f}",
-            "B / A, median [range]": shown}
+            "B / A, median [range]":
+                f"{np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]"}
 
 
 def make_step(preset, batch_size, *flags):
@@ -56,34 +54,25 @@ def make_step(preset, batch_size, *flags):
     return lambda: losses(x0, y, t, eps, y)[0].backward()
 
 
-def kept_for_backward(step):
-    """MB of distinct storages that autograd keeps for a step's backward pass."""
+def cost(step):
+    """FLOPs of a step, and MB of distinct storages that autograd keeps for its backward pass."""
     kept = {}
 
     def pack(tensor):  # held, so that no address is used twice
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (FlopCounterMode(display=False) as counter,
+          torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)):
         step()
-    return sum(t.untyped_storage().nbytes() for t in kept.values()) / 2**20
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2**20
+    return counter.get_total_flops(), kept
 
 
-def flops(step):
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def features(rows, dim):
-    """Two sets of random features [rows, dim] whose spectrum falls as Inception's does."""
-    return torch.arange(1, dim + 1) ** -0.75 * torch.randn(2, rows, dim)
-
-
-def metric_rows(size, dim):
+def metric_rows():
     """Rows of fid.py's metrics (A) and torch-fidelity's (B) on the same features."""
     from torch_fidelity import metric_fid, metric_kid, metric_prc
-    a, b = features(size, dim)
+    a, b = torch.arange(1, DIM + 1) ** -0.75 * torch.randn(2, SIZE, DIM)  # Inception's spectrum
 
     def peer_distance():
         statistics = [metric_fid.fid_features_to_statistics(s.double()) for s in (a, b)]
@@ -91,9 +80,9 @@ def metric_rows(size, dim):
 
     pairs = {
         "Fréchet distance": (lambda: fid.frechet_distance(a, b), peer_distance),
-        "KID": (lambda: fid.kernel_distance(a, b, 20, min(1000, size)),
+        "KID": (lambda: fid.kernel_distance(a, b, 20, SIZE // 10),
                 lambda: metric_kid.kid_features_to_metric(
-                    a, b, kid_subsets=20, kid_subset_size=min(1000, size), verbose=False)),
+                    a, b, kid_subsets=20, kid_subset_size=SIZE // 10, verbose=False)),
         "precision and recall": (lambda: fid.precision_recall(a, b),
                                  lambda: metric_prc.prc_features_to_metric(b, a, verbose=False))}
     return [compare(name, *pair) for name, pair in pairs.items()]
@@ -105,12 +94,12 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args(argv)
     print(f"torch-fidelity (B) over ours (A), {SIZE} x {DIM} features a set\n")
-    print(common.markdown(metric_rows(SIZE, DIM)))
+    print(common.markdown(metric_rows()))
 
     plain, ours = (make_step(args.preset, args.batch_size, *flags) for flags in (["--no-cm"], []))
-    memory = kept_for_backward(plain), kept_for_backward(ours)
-    print(f"\na CM step has {flops(ours) / flops(plain):.2f} times a plain one's FLOPs and keeps "
-          f"{memory[1] / memory[0]:.2f} times its {memory[0]:.0f} MB\n")
+    (flops, memory), (our_flops, our_memory) = cost(plain), cost(ours)
+    print(f"\na CM step has {our_flops / flops:.2f} times a plain one's FLOPs and keeps "
+          f"{our_memory / memory:.2f} times its {memory:.0f} MB\n")
     print(common.markdown([compare(f"CM step over plain step, batch {args.batch_size}", plain,
                                    ours)]))
 

@@ -1,7 +1,4 @@
-"""What the scripts share: rows on disk, runs of cm.py, statistics, tables, a training loop.
-
-It has no command line. The scripts import this file, never each other.
-"""
+"""What the scripts share: rows on disk, runs of cm.py, statistics, tables, a training loop."""
 
 import argparse
 import dataclasses
@@ -32,42 +29,37 @@ def text(rows):
     return pd.DataFrame(shown, dtype=str).fillna("")
 
 
-def read_rows(path, options=None):
-    """The table of text in a .csv, empty where there is no file.
-
-    Raises ValueError where its rows were made with other `options` than these (see `settings`)."""
-    if not path.exists():
-        return pd.DataFrame()
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if options is not None:
-        others = rows.loc[rows["options"] != options, "options"]
-        if len(others):
-            raise ValueError(f"{path} was made with other options ({others.iloc[0]}); "
-                             "name another file with --rows")
-    return rows
+def read_rows(path):
+    """The table of text in a .csv, empty where there is no file."""
+    exists = path.exists()
+    return pd.read_csv(path, dtype=str, keep_default_na=False) if exists else pd.DataFrame()
 
 
-def read_table(path, columns=()):
+def read_table(path):
     """The rows that --table shows: those in `path` or, before there are any, in f7283d9/ beside it,
-    which are of our earlier CM. Raises ValueError where there are none with these `columns`."""
+    which are of our earlier CM. Raises ValueError where there are none."""
     rows = read_rows(path if path.exists() else path.parent / "f7283d9" / path.name)
     if rows.empty:
         raise ValueError(f"{path} has no rows; leave --table away")
-    for name in (name for name in columns if name not in rows):
-        raise ValueError(f"{path} has no column {name!r}, so it isn't this script's")
     return rows
 
 
-def has_row(path, options, **key):
-    """Whether a row in a .csv has these values in these columns. Raises ValueError."""
-    rows = read_rows(path, options)
-    return not rows.empty and bool((rows[list(key)] == text([key]).iloc[0]).all(axis=1).any())
+def study(path, options, keys, measure):
+    """Measure what has no row in a .csv yet, in one thread: results repeat only with as many.
 
-
-def add_rows(path, options, new):
-    """Write `new`, dicts, behind the rows in a .csv, with a column `options`. Raises ValueError."""
-    rows = [read_rows(path, options), text(new).assign(options=options)]
-    write_rows(path, pd.concat(rows, ignore_index=True).fillna(""))
+    keys: {column: value} of each run; measure(**key): its rows, dicts, to which the key and a
+    column `options` (see `settings`) are added. Raises ValueError where there are others' rows."""
+    torch.set_num_threads(1)
+    for number, key in enumerate(keys, 1):
+        rows = read_rows(path)
+        for others in set(rows.get("options", ())) - {options}:
+            raise ValueError(f"{path} was made with other options ({others}); name another file "
+                             "with --rows")
+        if rows.empty or not (rows[list(key)] == text([key]).iloc[0]).all(axis=1).any():
+            print(f"run {number} of {len(keys)}", file=sys.stderr)
+            new = text([key | row for row in measure(**key)]).assign(options=options)
+            rows = pd.concat([read_rows(path), new], ignore_index=True)  # others may be here now
+            write_rows(path, rows.fillna(""))
 
 
 def replace_rows(rows, new, key):
@@ -139,36 +131,26 @@ def run(flags, out, **made_of):
 # Statistics, tables, pictures
 
 
-def difference(ours, other):
-    """(mean, half-width of the 95 % t-interval, number of seeds) of ours - other, paired by seed.
-
-    ours, other: Series by seed; only seeds of both count. The mean is nan where a value is, or
-    there is no pair; the half-width also where there is only one."""
-    seeds = ours.index.intersection(other.index)
-    values = ours[seeds] - other[seeds]
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.sem(skipna=False)
-    return values.mean(skipna=False), half, len(values)
-
-
 def holm(p_values):
     """Holm's (1979) adjusted p-values, in order; nan, a test that wasn't made, counts as 1."""
     p = np.nan_to_num(np.asarray(p_values, float), nan=1.0)
     order = np.argsort(p, kind="stable")
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(steps, 1)
-    return adjusted
+    return np.minimum(steps, 1)[np.argsort(order)]
 
 
-def interval(mean, half, digits=2):
-    """A difference as a table shows it: "-10.71 [-13.03, -8.38]", the mean alone where half is nan,
-    "–" where the mean is."""
+def difference(ours, other, digits=2):
+    """ours - other, Series by seed, as a table shows it: mean and 95 % t-interval over the seeds of
+    both, "-10.71 [-13.03, -8.38]"; of one seed the mean alone; "–" of none, or where one is nan."""
+    seeds = ours.index.intersection(other.index)
+    values = ours[seeds] - other[seeds]
+    mean = values.mean(skipna=False)
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.sem(skipna=False)
     if np.isnan(mean):
         return "–"
     shown = f"{mean:+.{digits}f}"
-    if np.isnan(half):
-        return shown
-    return f"{shown} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+    return shown if len(values) == 1 else (
+        f"{shown} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]")
 
 
 def spread(values, digits, sign=""):
@@ -191,10 +173,9 @@ def save(figure, path):
     cm.write_atomically(path, lambda p: figure.savefig(p, dpi=130))
 
 
-def draw_samples(data, files, classes, path, columns=8):
-    """A row a class of cm.Data, or of `classes`: real images, then those of each .npz of `files`,
+def draw_samples(data, files, classes, path, columns):
+    """A row for each of cm.Data's `classes`: real images, then those of each .npz of `files`,
     {title: path}."""
-    classes = range(len(data.names)) if classes is None else classes
     panels = {"real": data.first(classes, columns)}
     for title, file in files.items():
         images, labels, _ = fid.read_images(file)
@@ -275,9 +256,8 @@ def train(step, state, path, steps, seed=0, options="", every=500):
     if path.is_file():
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if (saved["seed"], saved["options"]) != (seed, options):
-            raise ValueError(f"{path} is no checkpoint to go on from (it was made with other "
-                             f"options: seed {saved['seed']}, {saved['options']}; name another "
-                             "directory with --runs)")
+            raise ValueError(f"{path} was made with other options (seed {saved['seed']}, "
+                             f"{saved['options']}); name another directory with --runs")
         first = saved["step"]
         for name, part in state.items():
             part.load_state_dict(saved["state"][name])
@@ -285,7 +265,7 @@ def train(step, state, path, steps, seed=0, options="", every=500):
         raise ValueError(f"{path} is at step {first} already; {steps} were asked for")
 
     for i in tqdm(range(first + 1, steps + 1), path.stem, steps, initial=first, unit="step"):
-        torch.manual_seed(hashed(seed, i))
+        torch.manual_seed(cm.hashed_seed("train", seed, i))
         loss = torch.as_tensor(step(i)).item()
         if not np.isfinite(loss):
             raise FloatingPointError(f"{path.stem}: the loss is not finite at step {i}")
@@ -293,8 +273,3 @@ def train(step, state, path, steps, seed=0, options="", every=500):
             whole = {"seed": seed, "options": options, "step": i,
                      "state": {name: part.state_dict() for name, part in state.items()}}
             cm.write_atomically(path, lambda p, whole=whole: torch.save(whole, p))
-
-
-def hashed(*words):
-    """A seed of 32 bits, all that torch's CPU generator keeps, from several integers."""
-    return int(np.random.SeedSequence(words).generate_state(1)[0])

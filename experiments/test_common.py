@@ -5,29 +5,22 @@ import importlib
 import inspect
 import math
 import re
-import sys
-import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # whatever pytest's import mode
 import cm
+from experiments import baselines, benchmark, common, make_fashion16, picture
 
-pd = pytest.importorskip("pandas")
-pytest.importorskip("tabulate")
-from experiments import common  # noqa: E402
-
-torch.set_num_threads(1)  # pytest -n 2 runs two processes; results repeat with as many threads
 HERE = Path(__file__).parent
 MINIATURE = ["--channels", "8", "--multipliers", "1", "2", "--image-size", "8",
              "--batch-size", "8", "--warmup", "1", "--log-every", "2"]
-
-# ------------------------------------------------------------------------------------------------
-# Every chapter
 
 WITH_ROWS = sorted(path for path in HERE.rglob("*.py")
                    if "common.parser(__file__, __doc__" in path.read_text()
@@ -53,24 +46,20 @@ def test_a_table_is_printed_as_its_file_shows_it(path, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == TABLES[path].read_text()
 
 
-@pytest.mark.parametrize("path", sorted(HERE.rglob("*.csv")), ids=name_of)
-def test_committed_rows_are_rewritten_to_the_byte(path, tmp_path):
-    common.write_rows(tmp_path / "rows.csv", common.read_rows(path))
-    assert (tmp_path / "rows.csv").read_bytes() == path.read_bytes()
-
-
 @pytest.mark.parametrize("script, arguments, says", [
     *[(name_of(path), "--table", "has no rows") for path in WITH_ROWS],
-    ("study/__main__.py", "--steps x", "invalid int"),
     ("study/__main__.py", "--table --lr 1", "--lr has no meaning beside --table"),
     ("theory/divergence.py", "--lr 1", "--lr has no meaning"),
     ("theory/gradients.py", "--seed 5", "type --seeds"),
-    ("theory/gradients.py", "--batch-size 0", "--batch-size is 0"),
     ("theory/pruning.py", "", "type the checkpoint.pt"),
-    ("theory/pruning.py", "none.pt", "can't be loaded"),
     ("theory/assumptions.py", "--trials 5", "unrecognized arguments"),
-    ("benchmark.py", "--preset huge", "invalid choice"),
-    ("picture.py", "--samples none.npz", "can't be loaded")])
+    ("picture.py", "--samples none.npz", "can't be loaded"),
+    ("settings/finetune/__main__.py", "--rank-ratio 0.1", "--rank-ratio has no meaning"),
+    ("settings/finetune/__main__.py", "--pretrained none --data . --prompt x", "--prompt is x"),
+    ("settings/finetune/__main__.py", "--pretrained none --data .", "--pretrained is none"),
+    ("settings/consistency/__main__.py", "--base oc", "--base has no meaning"),
+    ("classification/__main__.py", "--steps 3", "--steps has no meaning"),
+    ("classification/downstream.py", "--seed 3", "type --seeds")])
 def test_bad_input_is_one_line_and_status_2(script, arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     own = ["--rows", "rows.csv", "--assets", "."] if HERE / script in WITH_ROWS else []
@@ -81,66 +70,49 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, says, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_the_commands_of_readmes_parse(capsys):
-    of_cm = {"--" + name.replace("_", "-") for name in cm.Config.__dataclass_fields__}
-    commands = [(path, *command) for path in READMES for command in re.findall(
-        r"python -m experiments\.([\w.]+)([^\n`#]*)", path.read_text())]
-    assert len(commands) > 5
-    for path, script, arguments in commands:
-        place = HERE.joinpath(*script.split("."))
-        place = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
-        assert place.is_file(), (path, script)
-        with pytest.raises(SystemExit):
-            module(place).main(["--help"])
-        own = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-        assert set(re.findall(r"--[a-z][a-z-]*", arguments)) <= own | of_cm, (path, script)
-
-
 @pytest.mark.parametrize("path", READMES, ids=name_of)
-def test_a_readme_is_short_its_verdict_first_its_links_whole(path):
+def test_a_readme_is_short_its_verdict_first_its_links_whole_its_commands_parse(path, capsys):
     text = path.read_text()
     lines = [line for line in text.splitlines() if line.strip()]
     assert lines[0].startswith("# ") and lines[1].startswith("**")
     if path.parent.name != "exercises":
         assert len(text.splitlines()) <= (100 if path.parent == HERE else 120)
-    prose = re.sub(r"```.*?```", "", text, flags=re.S).splitlines()
-    assert max(len(line) for line in prose if line[:1] not in ("|", "!")) <= 100
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in link or (path.parent / link).exists(), link
+    for name in re.findall(r"```python\nclass (\w+)\(cm", text):  # a variation, in full
+        assert f"```python\n{inspect.getsource(getattr(baselines, name))}```\n" in text, name
+    of_cm = {"--" + name.replace("_", "-") for name in cm.Config.__dataclass_fields__}
+    for script, arguments in re.findall(r"python -m experiments\.([\w.]+)([^\n`#]*)", text):
+        place = HERE.joinpath(*script.split("."))
+        place = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+        with pytest.raises(SystemExit):
+            module(place).main(["--help"])
+        own = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        assert set(re.findall(r"--[a-z][a-z-]*", arguments)) <= own | of_cm, script
 
 
-def test_readme_shows_a_variation_in_full():
-    from experiments import baselines
-    shown = f"```python\n{inspect.getsource(baselines.TwoPasses)}```\n"
-    assert shown in (HERE / "README.md").read_text()
+def test_what_has_no_row_is_measured_and_rows_are_replaced(tmp_path):
+    path, measured = tmp_path / "new" / "rows.csv", []
 
+    def measure(method, seed):
+        measured.append((method, seed))
+        return [dict(x=1 / 3), dict(x=2)] if method == "A, m" else [dict(y=math.nan)]
 
-# ------------------------------------------------------------------------------------------------
-# common.py: rows and options
-
-
-def test_rows_are_added_looked_up_and_replaced(tmp_path):
-    path = tmp_path / "new" / "rows.csv"
-    assert not common.has_row(path, "--lr 1", method="A", seed=1)
-    common.add_rows(path, "--lr 1", [dict(method="A, m", seed=1, x=1 / 3)])
-    common.add_rows(path, "--lr 1", [dict(method="B", seed=s, y=math.nan) for s in (2, 3)])
+    keys = [dict(method=method, seed=seed) for method, seed in (("A, m", 1), ("B", 2), ("B", 3))]
+    for number in (1, 3, 3):
+        common.study(path, "--lr 1", keys[:number], measure)
+    assert measured == [tuple(key.values()) for key in keys]
     assert path.read_text() == ('method,seed,x,options,y\n"A, m",1,0.333333,--lr 1,\n'
-                                'B,2,,--lr 1,nan\nB,3,,--lr 1,nan\n')
-    found = [(m, s) for m in ("A, m", "B") for s in (1, 2, 3) if common.has_row(
-        path, "--lr 1", method=m, seed=s)]
-    assert found == [("A, m", 1), ("B", 2), ("B", 3)]
-    for call in (common.has_row, lambda *a: common.add_rows(*a, [dict(seed=1)])):
-        with pytest.raises(ValueError, match="other options \\(--lr 1\\)"):
-            call(path, "--lr 2")
-    with pytest.raises(ValueError, match="no column 'z'"):
-        common.read_table(path, ["x", "z"])
+                                '"A, m",1,2,--lr 1,\nB,2,,--lr 1,nan\nB,3,,--lr 1,nan\n')
+    with pytest.raises(ValueError, match="other options \\(--lr 1\\)"):
+        common.study(path, "--lr 2", keys, measure)
 
     new = common.text([dict(method="B", seed=2, x=2.0, options="")])
     rows = common.replace_rows(common.read_rows(path), new, ["method", "seed"])
     assert rows[["seed", "x", "y"]].to_numpy().tolist() == [
-        ["1", "0.333333", ""], ["3", "", "nan"], ["2", "2", ""]]
+        ["1", "0.333333", ""], ["1", "2", ""], ["3", "", "nan"], ["2", "2", ""]]
     number = common.numbers(rows, ("method", "options"))
-    assert number["x"].tolist()[::2] == [0.333333, 2] and number["y"].isna().all()
+    assert number["x"].tolist()[::3] == [0.333333, 2] and number["y"].isna().all()
 
 
 def test_options_of_cm_and_of_a_table():
@@ -156,18 +128,16 @@ def test_options_of_cm_and_of_a_table():
 
 def test_a_run_goes_on_and_says_where_it_ran_off(tmp_path, monkeypatch):
     monkeypatch.setattr(cm, "report", lambda *_: None)
-    out, networks = tmp_path / "run", []
+    out = tmp_path / "run"
     out.mkdir()
     (out / "log.csv").write_text("killed before there was a checkpoint")
-
-    def network(*args):
-        networks.append(args)
-        return cm.make_unet(*args)
-
-    for steps in ("2", "3", "3"):
-        assert common.run([*MINIATURE, "--steps", steps], out, network=network) == ""
-    assert len(networks) == 2  # what is finished isn't touched
+    for steps in ("2", "3"):
+        assert common.run([*MINIATURE, "--steps", steps], out) == ""
     assert common.read_rows(out / "log.csv")["step"].tolist() == ["2", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cm, "train", None)  # what is finished isn't touched
+        assert common.run([*MINIATURE, "--steps", "3"], out) == ""
+
     draw, made = cm.draw_batch, [*MINIATURE, "--steps", "9"]
 
     def runs_off(data, config, size, step, rank):
@@ -181,24 +151,21 @@ def test_a_run_goes_on_and_says_where_it_ran_off(tmp_path, monkeypatch):
         common.run([*made, "--lr", "1"], out)
 
 
-# ------------------------------------------------------------------------------------------------
-# common.py: statistics, tables, samples
-
-
-def test_paired_interval_against_scipy():
-    from scipy import stats
+def test_differences_against_scipys_paired_intervals():
     a, b = (pd.Series(values, [3, 1, 0, 2]) for values in np.random.RandomState(0).rand(2, 4))
-    mean, half, n = common.difference(a, b)
-    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert n == 4 and np.allclose([mean - half, mean + half], [low, high])
-    mean, half, n = common.difference(a, b[[2, 0]][::-1])  # seeds of one alone don't count
-    low, high = stats.ttest_rel(a[[0, 2]], b[[0, 2]]).confidence_interval(0.95)
-    assert n == 2 and np.allclose([mean - half, mean + half], [low, high])
-    mean, half, n = common.difference(a, b[[1]])
-    assert n == 1 and mean == a[1] - b[1] and math.isnan(half)
+    for other in (b, b[[2, 0]]):  # in another order; seeds of one alone don't count
+        seeds = other.index
+        low, high = scipy.stats.ttest_rel(a[seeds], other).confidence_interval(0.95)
+        expected = f"{(low + high) / 2:+.5f} [{low:+.5f}, {high:+.5f}]"
+        assert common.difference(a, other[::-1], 5) == expected
+    assert common.difference(a, b[[1]]) == f"{a[1] - b[1]:+.2f}"
     b[1] = math.nan  # a run that ran off makes the whole difference unknown
-    mean, half, n = common.difference(a, b)
-    assert n == 4 and math.isnan(mean) and math.isnan(half)
+    assert common.difference(a, b) == common.difference(a, b[[]]) == "–"
+
+
+def test_spread_by_hand():
+    assert common.spread([1, math.nan, 2], 1) == "1.5 ± 0.7"  # sqrt(1 / 2)
+    assert [common.spread(x, 2, "+") for x in ([3], [])] == ["+3.00", "–"]
 
 
 def test_holm_against_a_hand_worked_example():
@@ -206,98 +173,64 @@ def test_holm_against_a_hand_worked_example():
     assert np.allclose(common.holm([0.5, math.nan, 0.001]), [1, 1, 0.003])
 
 
-def test_samples_are_drawn_a_row_a_class(tmp_path, monkeypatch):
-    images = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None, None, None] % 3, (30, 8, 8, 1))
-    np.savez(tmp_path / "s.npz", arr_0=images, arr_1=np.arange(30) % 3)
-    drawn = []
-    monkeypatch.setattr(cm, "draw_panels", lambda *args: drawn.append(args))
-    data = types.SimpleNamespace(names="abc", counts=[40, 20, 5], first=lambda *args: args)
-    common.draw_samples(data, {"CM": tmp_path / "s.npz"}, [2, 1], tmp_path / "p.png", 4)
-    (panels, names, _), = drawn
-    assert panels["real"] == ([2, 1], 4) and names == ["c  5", "b  20"]
-    assert panels["CM"][:, 0, 0, 0].tolist() == [2] * 4 + [1] * 4
+def trained(path, steps=20, act=lambda i: None, **how):
+    """What common.train makes of a small network with dropout: (its weights, the steps made). act
+    is called after each step; what it returns is the step's loss."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+    adam, seen = torch.optim.Adam(net.parameters()), []
 
-
-# ------------------------------------------------------------------------------------------------
-# common.py: the training loop
-
-
-class Trained:
-    """A small network with dropout, trained by common.train; `act` is called after each step."""
-
-    def __init__(self, path, act=lambda i: None):
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
-        self.optimizer = torch.optim.Adam(self.net.parameters())
-        self.path, self.act, self.seen = path, act, []
-
-    def step(self, i):
-        loss = self.net(torch.randn(8, 4)).square().mean()
-        self.optimizer.zero_grad()
+    def step(i):
+        loss = net(torch.randn(8, 4)).square().mean()
+        adam.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.seen.append(i)
-        return self.act(i) or loss
+        adam.step()
+        seen.append(i)
+        return act(i) or loss
 
-    def train(self, steps=20, **kw):
-        state = {"net": self.net, "optimizer": self.optimizer}
-        common.train(self.step, state, self.path, steps, **({"every": 6} | kw))
-        return self
-
-    def weights(self):
-        return torch.cat([p.detach().flatten() for p in self.net.parameters()])
+    common.train(step, {"net": net, "adam": adam}, path, steps, **{"every": 6} | how)
+    return nn.utils.parameters_to_vector(net.parameters()).detach(), seen
 
 
 def test_training_killed_goes_on_bit_for_bit(tmp_path):
-    def die(i):
-        if i == 14:
-            raise KeyboardInterrupt
-    whole = Trained(tmp_path / "whole.pt").train()
-    assert whole.seen == list(range(1, 21))
-    cut_at = tmp_path / "new" / "cut.pt"
+    whole, seen = trained(tmp_path / "whole.pt")
+    assert seen == list(range(1, 21))
+    path = tmp_path / "new" / "cut.pt"
     with pytest.raises(KeyboardInterrupt):
-        Trained(cut_at, die).train()
-    torch.rand(3)  # what was drawn in between doesn't matter
-    cut = Trained(cut_at).train()
-    assert cut.seen == list(range(13, 21)) and torch.equal(cut.weights(), whole.weights())
-    again = Trained(cut_at).train()  # nothing is left to do
-    assert again.seen == [] and torch.equal(again.weights(), whole.weights())
-    other = Trained(tmp_path / "other.pt").train(seed=1)
-    assert not torch.equal(other.weights(), whole.weights())
+        trained(path, act=mock.Mock(side_effect=[*13 * [None], KeyboardInterrupt]))
+    for left in (list(range(13, 21)), []):  # then nothing is left to do
+        torch.rand(3)  # what was drawn in between doesn't matter
+        weights, seen = trained(path)
+        assert seen == left and torch.equal(weights, whole)
+    assert not torch.equal(trained(tmp_path / "other.pt", seed=1)[0], whole)
 
 
 def test_training_keeps_its_last_good_checkpoint_and_refuses_one_that_does_not_fit(tmp_path):
     path = tmp_path / "c.pt"
     with pytest.raises(FloatingPointError, match="not finite at step 12"):
-        Trained(path, lambda i: math.nan if i == 12 else None).train(options="--lr 1")
-    assert Trained(path).train(7, options="--lr 1").seen == [7]
-    for steps, kw, says in ((8, {}, "other options"), (6, {"options": "--lr 1"}, "at step 7"),
-                            (8, {"options": "--lr 1", "seed": 1}, "seed 0, --lr 1; name")):
+        trained(path, act=lambda i: math.nan if i == 12 else None, options="--lr 1")
+    assert trained(path, 7, options="--lr 1")[1] == [7]
+    for steps, how, says in ((8, {}, "other options"), (6, {"options": "--lr 1"}, "at step 7"),
+                             (8, {"options": "--lr 1", "seed": 1}, "seed 0, --lr 1")):
         with pytest.raises(ValueError, match=says):
-            Trained(path).train(steps, **kw)
-
-
-# ------------------------------------------------------------------------------------------------
-# benchmark.py, picture.py, make_fashion16.py
+            trained(path, steps, **how)
 
 
 def test_benchmark_in_a_miniature(capsys, monkeypatch):
     pytest.importorskip("torch_fidelity")
-    from experiments import benchmark
     for name, value in (("SIZE", 200), ("DIM", 64), ("REPEATS", 1)):
         monkeypatch.setattr(benchmark, name, value)
     benchmark.main(["--preset", "small", "--batch-size", "2"])
     out = capsys.readouterr().out
     times, memory = re.search(r"has ([\d.]+) times .* keeps ([\d.]+) times", out).groups()
     assert 2 <= float(times) < 2.1 and 1.7 < float(memory) < 2.3
-    rows = re.findall(r"\| +([\d.]+) +\| +([\d.]+) +\| +([\d.]+) \[", out)
-    a, b, ratio = map(float, rows[-1])  # the step: long enough for its digits
+    *_, step = rows = re.findall(r"\| +([\d.]+) +\| +([\d.]+) +\| +([\d.]+) \[", out)
+    a, b, ratio = map(float, step)
     assert len(rows) == 4 and abs(ratio / (b / a) - 1) < 0.1
 
 
 def test_picture_shows_the_studys_samples_of_the_most_frequent_and_the_rare_classes(
         tmp_path, monkeypatch):
-    from experiments import picture
     panels, files = [], []
     monkeypatch.setattr(cm, "draw_panels", lambda *drawn: panels.append(drawn))
     config = cm.Config(image_size=8, ir=10, n_max=50).resolved()
@@ -315,7 +248,6 @@ def test_picture_shows_the_studys_samples_of_the_most_frequent_and_the_rare_clas
 
 
 def test_fashion16_is_what_debians_files_make(tmp_path):
-    from experiments import make_fashion16
     if not make_fashion16.DEBIAN.is_dir():
         pytest.skip("apt-get install dataset-fashion-mnist")
     make_fashion16.make(tmp_path / "made.npz")

@@ -11,13 +11,10 @@ models' w_div. Columns: accuracy, of theta, and general, of theta_g. cm.py's opt
 (--dataset, --ir, --n-max, ...) have their meaning here.
 """
 
-import functools
-import itertools
 import math
 import re
 
 import numpy as np
-import torch
 
 import cm
 from experiments import common
@@ -31,21 +28,20 @@ PAPER = {  # Tab. G.13, CIFAR-100, IR 100: points on Many, Medium, Few and overa
     "LDAM − CE": "-8.37 +1.03 +12.37 +1.14", "LA − CE": "-12.23 +5.26 +16.80 +2.60"}
 
 
-def measure(base, method, seed, path, options, config, data, epochs):
-    """Train, or go on at the checkpoint `path`, and test: a row's "status", which says where a
-    training ran off, and accuracies."""
-    w_div, steps = METHODS[method], math.ceil(epochs * len(data.labels) / classifiers.BATCH)
+def measure(config, data, args, options, base, method, seed):
+    """A row: train, or go on, and test. Its "status" says where a training ran off."""
+    w_div, steps = METHODS[method], math.ceil(args.epochs * len(data.labels) / classifiers.BATCH)
     try:
-        net = classifiers.fit(config.dataset, data, data.counts, base, seed, steps, path, options,
-                              w_div)
+        net = classifiers.fit(config.dataset, data, data.counts, base, seed, steps,
+                              args.runs / f"{base}-{method}-{seed}.pt", options, w_div)
     except FloatingPointError as e:
-        return {"status": re.search(r"not finite at step \d+", str(e))[0]}
+        return [{"status": re.search(r"not finite at step \d+", str(e))[0]}]
     counts = data.counts.cpu()
     groups = by_shots(counts) if config.dataset == "cifar100" else cm.splits(counts)
     row = {"status": "finished"} | accuracies(cm.merge(net), data, groups, "accuracy")
     if w_div is not None:
         row |= accuracies(classifiers.general(net, data.images), data, groups, "general")
-    return row
+    return [row]
 
 
 def by_shots(counts):
@@ -91,8 +87,7 @@ def table(runs):
         if {ours, theirs} <= set(runs):
             name, a, b = f"{ours} − {theirs}", runs[ours], runs[theirs]
             differences.append({"difference": name, "of": "here"} | {
-                s: common.interval(*common.difference(a[f"accuracy {s}"], b[f"accuracy {s}"])[:2])
-                for s in SPLITS})
+                s: common.difference(a[f"accuracy {s}"], b[f"accuracy {s}"]) for s in SPLITS})
             if name in PAPER:
                 differences.append({"difference": "", "of": "the paper, IR 100"} | dict(
                     zip(SPLITS, PAPER[name].split(), strict=True)))
@@ -108,16 +103,15 @@ def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=range(10, 15))
     parser.add_argument("--epochs", type=int, default=60, help="[default: 60]")
     args, flags = parser.parse_known_args(argv)
-    torch.set_num_threads(1)  # results repeat only with the same number of threads
     flags, config, _ = common.configured(flags, UNUSED, used=("image_size", "device"))
     if not args.table:
-        data = classifiers.read(config)
         options = f"{common.settings(flags)} --epochs {args.epochs}"
-        keys = [{"base": base, "method": method, "seed": seed} for seed, base, method
-                in itertools.product(args.seeds, classifiers.BASES, METHODS)]
-        classifiers.study(args, options, keys, functools.partial(
-            measure, config=config, data=data, epochs=args.epochs))
-    print(table(by_method(common.read_table(args.rows, ["base", "method"]))))
+        keys = [dict(base=base, method=method, seed=seed) for seed in args.seeds
+                for base in classifiers.BASES for method in METHODS]
+        data = classifiers.read(config)
+        common.study(args.rows, options, keys,
+                     lambda **key: measure(config, data, args, options, **key))
+    print(table(by_method(common.read_table(args.rows))))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Classifiers of long-tailed images, without and with CM: what both scripts here train."""
 
 import math
-import sys
 from collections import namedtuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torchvision.models.resnet import BasicBlock
 
 import cm
@@ -69,21 +69,14 @@ def reserve(net):
     net.head = cm.LowRankReserved(net.head, *net.head.weight.shape, HEAD_RANK)
 
 
-@torch.no_grad()
 def general(net, images):
     """theta_g as a plain network in eval mode, its running statistics estimated anew: averages over
     one pass through uint8 `images` [N, C, H, W] in random order."""
     with cm.general_only(net):
-        net = cm.merge(net)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.reset_running_stats()
-            m.momentum = None  # a plain average over batches
+        net = cm.merge(net).eval()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    net.train()
-    for index in order.split(BATCH):
-        net(cm.to_float(images[index]))
-    return net.eval()
+    update_bn((cm.to_float(images[index]) for index in order.split(BATCH)), net)
+    return net
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,9 +122,9 @@ def batch_of(step, size, n, seed):
     """Indices [size] of the batch of step 1, 2, ... through n images, pass after pass, each in an
     order of its own. A function of (seed, step), so that a resumed training sees the same."""
     first = (step - 1) * size
-    orders = [torch.randperm(n, generator=torch.Generator().manual_seed(common.hashed(seed, p)))
-              for p in range(first // n, (first + size - 1) // n + 1)]
-    return torch.cat(orders)[first % n:][:size]
+    generators = [torch.Generator().manual_seed(cm.hashed_seed("pass", seed, number))
+                  for number in range(first // n, (first + size - 1) // n + 1)]
+    return torch.cat([torch.randperm(n, generator=g) for g in generators])[first % n:][:size]
 
 
 def augmented(x):
@@ -153,7 +146,7 @@ def fit(dataset, training, counts, base, seed, steps, path, options, w_div=None,
     one seed share initial weights (W_g) and, where they train on the same images, batches."""
     images, labels = training.images, training.labels
     counts = torch.as_tensor(counts, dtype=torch.float32, device=images.device)
-    torch.manual_seed(common.hashed(seed))
+    torch.manual_seed(cm.hashed_seed("weights", seed))
     net = Network(*(RESNET18 if dataset in CIFAR else SMALL), images.shape[1], len(counts))
     if w_div is not None:
         reserve(net)
@@ -197,15 +190,3 @@ def read(config):
     if data.held_out is data.images:
         raise ValueError(f"{config.data} holds no test images; put them into {config.data}/val")
     return data
-
-
-def study(args, options, keys, measure):
-    """Every run that has no row yet: key | measure(*key's values, path, options), where path is the
-    classifier's checkpoint while it is trained."""
-    for number, key in enumerate(keys, 1):
-        if not common.has_row(args.rows, options, **key):
-            print(f"run {number} of {len(keys)}", file=sys.stderr)
-            path = args.runs / ("-".join(map(str, key.values())) + ".pt")
-            row = key | measure(*key.values(), path, options)
-            common.add_rows(args.rows, options, [row])
-            path.unlink(missing_ok=True)

@@ -38,10 +38,13 @@ PAPER = {"CM − DDPM": "+2.50, +4.44", "CM − real images": "+5.98, +9.53",  #
 
 
 class Setup:
-    """What all runs share: options, the generators' own, cm.Data."""
+    """What all runs share: options, for cm.py and of a row; cm.Data."""
 
-    def __init__(self, args, config, flags, data):
-        self.args, self.config, self.flags, self.data = args, config, flags, data
+    def __init__(self, args, config, flags):
+        self.args, self.config, self.flags = args, config, flags
+        self.data = classifiers.read(config)
+        self.options = (f"{common.settings(flags)} --classifier-steps {args.classifier_steps} "
+                        f"--generator-seeds {args.generator_seeds}")
 
     def samples(self, generator, guidance, seed):
         """The .npz of images of a generator, which is trained and draws them where there is none.
@@ -72,7 +75,7 @@ class Setup:
         few = torch.isin(labels, torch.as_tensor(cm.splits(data.counts.cpu())["Few"]))
         return dict(zip(LABELS, (right.mean().item(), right[few].mean().item()), strict=True))
 
-    def measure(self, setting, guidance, seed, path, options):
+    def measure(self, setting, guidance, seed):
         """A row: train with a setting's images and test. guidance: "" without a generator."""
         training, device, row = self.data, self.data.images.device, {}
         if setting in GENERATORS:
@@ -84,9 +87,10 @@ class Setup:
             training = classifiers.Images(torch.cat([training.images, images.to(device)]),
                                           torch.cat([training.labels, labels.to(device)]))
         base, balanced = ALONE.get(setting, ALONE["real images"])
+        path = self.args.runs / f"{setting}-{guidance}-{seed}.pt"
         net = classifiers.fit(self.config.dataset, training, self.data.counts, base, seed,
-                              self.args.classifier_steps, path, options, balanced=balanced)
-        return row | scores(classifiers.confusion(net, self.data), self.data.counts.cpu())
+                              self.args.classifier_steps, path, self.options, balanced=balanced)
+        return [row | scores(classifiers.confusion(net, self.data), self.data.counts.cpu())]
 
 
 def scores(found, counts):
@@ -124,7 +128,7 @@ def table(runs):
     pairs += [(f"{name}, {w}", f"{name}, {guidances[0]}")
               for name in GENERATORS for w in guidances[1:]]
     differences = [{"difference": f"{ours} − {theirs}"} | {
-        s: common.interval(*common.difference(runs[ours][s], runs[theirs][s])[:2], 1)
+        s: common.difference(runs[ours][s], runs[theirs][s], 1)
         for s in ("precision", "recall", "recall Few")} | {
         "the paper": PAPER.get(f"{ours.split(',')[0]} − {theirs.split(',')[0]}", "")}
         for ours, theirs in pairs if ours in runs and theirs in runs]
@@ -159,18 +163,14 @@ def main(argv=None):
     parser.add_argument("--classifier-steps", type=int, default=2000,
                         help="SGD steps of each classifier [default: 2000]")
     args, flags = parser.parse_known_args(argv)
-    torch.set_num_threads(1)  # results repeat only with the same number of threads
     flags, config, _ = common.configured(flags, UNUSED, steps="6000")
     if not args.table:
-        setup = Setup(args, config, flags, classifiers.read(config))
-        options = (f"{common.settings(flags)} --classifier-steps {args.classifier_steps} "
-                   f"--generator-seeds {args.generator_seeds}")
+        setup = Setup(args, config, flags)
         settings = [*((name, "") for name in ALONE), *itertools.product(GENERATORS, GUIDANCE)]
-        keys = [{"setting": setting, "guidance": w, "seed": seed}
+        keys = [dict(setting=setting, guidance=w, seed=seed)
                 for seed in args.seeds for setting, w in settings]
-        classifiers.study(args, options, keys, setup.measure)
-    rows = common.read_table(args.rows, ["setting", "guidance", *SHOWN])
-    runs = by_setting(common.numbers(rows, ("setting", "options")))
+        common.study(args.rows, setup.options, keys, setup.measure)
+    runs = by_setting(common.numbers(common.read_table(args.rows), ("setting", "options")))
     print(table(runs))
     draw(runs, args.assets / "downstream.png")
 

@@ -1,6 +1,4 @@
-"""What the three settings share: a training with averaged weights, samples, scores, tables.
-
-It has no command line."""
+"""What the three settings share: a training with averaged weights, samples, scores, tables."""
 
 import copy
 
@@ -63,11 +61,12 @@ def scores(file, config, device, cache, names):
 def draw(config, files, args, path, split=None):
     """A row a class, or a class of a split: real images, then those of each .npz of `files`,
     {title: path}; nothing where one isn't there."""
-    if all(file.is_file() for file in files.values()):
-        data = cm.Data(config)
-        classes = None if split is None else cm.splits(data.counts)[split]
-        columns = min(8, args.num_images // len(data.names))
-        common.draw_samples(data, files, classes, path, columns)
+    if not all(file.is_file() for file in files.values()):
+        return
+    data = cm.Data(config)
+    classes = range(len(data.names)) if split is None else cm.splits(data.counts)[split]
+    columns = min(8, args.num_images // len(data.names))
+    common.draw_samples(data, files, classes, path, columns)
 
 
 def compared(rows, digits, others, by=(), same=()):
@@ -85,8 +84,7 @@ def compared(rows, digits, others, by=(), same=()):
         ours = runs.get((*at, "CM"))
         if method in others and ours is not None:
             pairs.append(first | {"difference": f"CM − ({method})"} | {
-                name: common.interval(*common.difference(ours[name], run[name])[:2], n)
-                for name, n in digits.items()})
+                name: common.difference(ours[name], run[name], n) for name, n in digits.items()})
     return "\n\n".join([
         f"exploratory: {rows.index.nunique()} seeds; mean ± standard deviation",
         common.markdown(values), "paired differences: mean and 95 % interval over seeds",

@@ -27,7 +27,7 @@ def main(argv=None):
         raise ValueError(f"{flags[0]} has no meaning beside --table")
     if not args.table:
         study.study(args.stage, args.rows, args.runs, flags, args.jobs, args.num_images)
-    rows = common.numbers(common.read_table(args.rows, study.KEY), study.WORDS)
+    rows = common.numbers(common.read_table(args.rows), study.WORDS)
     print(tables.everything(rows))
     tables.draw(rows, args.assets)
 

@@ -51,7 +51,7 @@ def differences(rows, claims, measures=tuple(MEASURES)):
         shown.append({"ours − theirs": f"{claim.ours} − {claim.theirs}",
                       "where": f"{claim.setting}, guidance {claim.guidance:g}",
                       "seeds": f"{len(ours)} of {planned}"} | {
-            name: common.interval(*common.difference(ours[name], theirs[name])[:2], MEASURES[name])
+            name: common.difference(ours[name], theirs[name], MEASURES[name])
             for name in measures})
     return shown
 

@@ -1,11 +1,8 @@
 """Tests of the study: what is counted and measured, the statistics, a miniature end to end."""
 
 import functools
-import itertools
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,14 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # whatever pytest's import mode
 import cm
 import fid
 from experiments import baselines, common
 from experiments.study import __main__ as command
 from experiments.study import study, tables
 
-torch.set_num_threads(1)  # results repeat with as many threads
 MINIATURE = ["--steps", "20", "--channels", "4", "--multipliers", "1", "2", "--batch-size", "4",
              "--image-size", "8", "--n-max", "40", "--ir", "20", "--checkpoint-every", "5",
              "--log-every", "5"]
@@ -46,18 +41,6 @@ def test_settings_and_arms_are_what_they_say():
             plain = config.no_cm or arm in ("agreement alone", "uniform w, no BA")
             assert bool(cm.reserved_layers(module)) != plain, arm
             assert module.same_masks == arm.startswith(("capacity alone", "our earlier"))
-
-
-def test_two_passes_cost_what_cm_costs_in_both_networks():
-    for setting in study.SETTINGS:
-        plain, cms, twice, agreement = (tables.flops(setting, arm) for arm in (
-            "DDPM", "CM", "DDPM, two passes", "agreement alone"))
-        config = cm.parse(study.options_of(study.Run(setting, "CM", 0)))[0].resolved()
-        # BA is formed once a step, a product forward and two backward, at 2 FLOPs
-        forming = sum(3 * 2 * layer.B.numel() * layer.A.shape[1] for layer in cm.reserved_layers(
-            cm.make_unet(config, 10, 1)))
-        assert twice == agreement == 2 * plain and cms == twice + forming
-        assert 0 < forming < 0.05 * twice
 
 
 @pytest.mark.parametrize("margin, fuse", [("0.1", 0.1), ("0.02", 0.02), ("inf", 0.1)])
@@ -161,15 +144,6 @@ def test_a_row_says_where_our_fuse_acts_and_what_ran_off():
     assert tables.name_of("no fuse", run.replace(1.0, np.nan)) == "no fuse, 1 ran off"
 
 
-def test_a_stages_arms_are_listed_by_point_with_how_many_seeds_they_have():
-    rows = pd.concat([made(DDPM=[60.0, 62], CM=[9.0]).assign(guidance=3.0),
-                      made(CM=[70.0]).assign(network="θ_g")], ignore_index=True)
-    shown = {(row["arm"], row["guidance"]): (row["FD Few"], row["seeds"])
-             for row in tables.arms(rows, study.STAGES["guidance"])}
-    assert shown["DDPM", "3"] == ("61.0 ± 1.4", "2 of 10") and len(shown) == 8
-    assert shown["CM, θ_g", "0"] == ("70.0", "1 of 10") and shown["CM", "1"] == ("–", "0 of 10")
-
-
 def test_the_fuses_table_is_the_mean_over_seeds():
     rows = made(CM=[1.0, 2.0], DDPM=[1.0]).assign(**{
         "above fuse": [0.02, 0.04, np.nan], "above fuse Few": ["0 0.1", "0.5 0.3", ""],
@@ -200,10 +174,10 @@ def tiny(tmp_path, monkeypatch, fewer_images):
 
 def test_a_miniature_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     # killed: the next call goes on from the checkpoint
-    child, write, kill = mock.Mock(), cm.write_atomically, mock.Mock(side_effect=KeyboardInterrupt)
-    writes = itertools.chain([write] * 4, [kill], itertools.repeat(write))
+    child, effects = mock.Mock(), [*4 * [mock.DEFAULT], KeyboardInterrupt, *99 * [mock.DEFAULT]]
+    write = mock.Mock(wraps=cm.write_atomically, side_effect=effects)
     with monkeypatch.context() as here, pytest.raises(SystemExit) as ended:
-        here.setattr(cm, "write_atomically", lambda *args: next(writes)(*args))
+        here.setattr(cm, "write_atomically", write)
         here.setattr(study.multiprocessing, "active_children", lambda: [child])
         tiny("--stage", "a")
     assert ended.value.code == 130 and child.terminate.called
@@ -262,22 +236,18 @@ def check_cells(row, checkpoint, samples, cache, monkeypatch):
     config, unet, counts = cm.load_trained(checkpoint)
     data, few = cm.Data(config), cm.splits(counts)["Few"]
     loss, _, d = cm.held_out_loss(unet, data.held_out, data.held_out_labels, 10, 200, 10)
-    assert np.allclose([row["loss Few"], row["d Few"]], [loss[few].mean(), d[few].mean()], 1e-5, 0)
     images, labels, _ = fid.read_images(samples)
     copies = study.memorised(images[np.isin(labels, few)], data.images)
-    assert np.isclose(row["memorised Few"], copies, 1e-5)
+    assert np.allclose(row[["loss Few", "d Few", "memorised Few"]].astype(float),
+                       [loss[few].mean(), d[few].mean(), copies], 1e-5, 0)
 
 
 def test_runs_and_samples_that_arent_finite_say_so(tiny, tmp_path, monkeypatch):
-    def generate(config, *args, generate=cm.generate):
-        if config.guidance:
-            raise FloatingPointError("images aren't finite")
-        generate(config, *args)
-
-    monkeypatch.setattr(cm, "generate", generate)
-    off, run = "not finite between steps 5 and 10", common.run
-    monkeypatch.setattr(common, "run", lambda flags, *args, **kwargs: (
-        off if "--no-cm" in flags else run(flags, *args, **kwargs)))
+    off = "not finite between steps 5 and 10"  # DDPM; CM isn't with guidance
+    for module, name, effects in ((common, "run", [off, mock.DEFAULT]),
+                                  (cm, "generate", [mock.DEFAULT, FloatingPointError])):
+        wrapped = mock.Mock(wraps=getattr(module, name), side_effect=effects)
+        monkeypatch.setattr(module, name, wrapped)
     tiny("--stage", "a")
     rows = common.read_rows(tmp_path / "rows.csv")
     assert rows[["arm", "guidance", "status"]].values.tolist() == [

@@ -7,11 +7,13 @@ Where a class's weight w is negative, L_CM has no lower bound in eps_theta_g, an
 not positive either, the loss has none in eps_theta. So CM is trained with w_div 1 (Eq. 2 as
 printed) and 0.2 (the authors' code), without a fuse (inf, as the authors) and with ours, 0.1. A run
 is a row: the first logged step at which d on Few, a mean over the steps since the log's last row,
-is above 0.1, and the first at which the base loss is twice the lowest before.
+is above 0.1, some 50 times what dropout makes of it; and the first at which the base loss is twice
+the lowest before.
 *small* is the default run's network and data, *large* one that is large for its data.
 Options that aren't its own go to cm.py. Rows: divergence.csv.
 """
 
+import functools
 import itertools
 
 import cm
@@ -27,45 +29,24 @@ KEY = ["setting", "IR", "w_div", "lr", "fuse", "seed"]  # a run's
 MEASURED = ("d on Few above 0.1 at step", "base loss doubled at", "last d, Few", "last base loss")
 UNUSED = ("n_max", "ir", "image_size", "channels", "w_div", "lr", "div_margin", "no_cm", "seed",
           "run", "sampling")  # options of cm.py, and groups
-ABOVE = 0.1  # d, some 50 times what dropout makes of it
 
 
-def keys(seeds):
-    """{column of KEY: value} of every run."""
-    for seed, (setting, (_, irs, w_divs, _)) in itertools.product(seeds, SETTINGS.items()):
-        for values in itertools.product(irs, w_divs, RATES, FUSES):
-            yield dict(zip(KEY, (setting, *values, seed), strict=True))
 
-
-def first(log, where):
-    """The step of the first row of a log at which `where` holds."""
-    return int(log["step"][where].iloc[0]) if where.any() else "never"
-
-
-def measure(key, runs, flags):
+def measure(runs, flags, **key):
     """A row: train, or go on."""
     directory = runs / "-".join(map(str, key.values()))
     n_max, _, _, own = SETTINGS[key["setting"]]
     own = [*own, "--n-max", n_max, "--ir", key["IR"], "--w-div", key["w_div"], "--lr", key["lr"],
            "--div-margin", key["fuse"], "--seed", key["seed"]]
     end = common.run([*flags, *map(str, own)], directory)
-    row = key | {"n_max": n_max, "end": end or "finished"} | dict.fromkeys(MEASURED, "–")
+    row = {"n_max": n_max, "end": end or "finished"} | dict.fromkeys(MEASURED, "–")
     log = common.numbers(common.read_rows(directory / "log.csv"), ())
     if len(log):  # else it ran off before there was a row
-        doubled = log["base"] > 2 * log["base"].cummin()
-        found = (first(log, log["d_Few"] > ABOVE), first(log, doubled),
-                 *(f"{log[name].iloc[-1]:.2g}" for name in ("d_Few", "base")))
-        row |= zip(MEASURED, found, strict=True)
-    return row
-
-
-def study(args, flags):
-    """Every run that has no row yet. Raises ValueError."""
-    flags, *_ = common.configured(flags, UNUSED)
-    options = common.settings(flags)
-    for key in keys(args.seeds):
-        if not common.has_row(args.rows, options, **key):
-            common.add_rows(args.rows, options, [measure(key, args.runs, flags)])
+        events = log["d_Few"] > 0.1, log["base"] > 2 * log["base"].cummin()
+        firsts = [next(iter(log["step"][event].astype(int)), "never") for event in events]
+        lasts = [f"{log[name].iloc[-1]:.2g}" for name in ("d_Few", "base")]
+        row |= zip(MEASURED, firsts + lasts, strict=True)
+    return [row]
 
 
 def curvature(run):
@@ -85,9 +66,14 @@ def table(rows):
 def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(20, 21, 22))
     args, flags = parser.parse_known_args(argv)
+    flags, *_ = common.configured(flags, UNUSED)
     if not args.table:
-        study(args, flags)
-    print(table(common.read_table(args.rows, [*KEY, *MEASURED])))
+        keys = [dict(zip(KEY, (setting, *values, seed), strict=True)) for seed in args.seeds
+                for setting, (_, irs, w_divs, _) in SETTINGS.items()
+                for values in itertools.product(irs, w_divs, RATES, FUSES)]
+        common.study(args.rows, common.settings(flags), keys,
+                     functools.partial(measure, args.runs, flags))
+    print(table(common.read_table(args.rows)))
 
 
 if __name__ == "__main__":

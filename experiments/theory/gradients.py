@@ -27,7 +27,7 @@ projected     (F.7) without equal means, equal spread and isotropy, from each we
 observed      share of weights dominated, mean over batches
 """
 
-import itertools
+import functools
 
 import numpy as np
 import pandas as pd
@@ -43,7 +43,6 @@ from experiments import common
 STOPS, SAMPLES = (100, 500, 2000), 3000  # steps; per-sample gradients a class
 RATIOS, N, BATCHES = (0.5, 0.6, 0.75, 0.9, 0.99), 100, 500
 METHODS = {"DDPM": ["--no-cm"], "CM": []}
-KEY = ["method", "step", "seed"]
 UNUSED = ("sampling", "seed", "steps", "no_cm", "base", "out", "resume", "overwrite")
 WORDS = ("method", "step", "seed", "options", "layer", "part")
 
@@ -61,13 +60,6 @@ def per_sample_gradients(losses, names, x0, y, t, eps, chunk_size=32):
     gradient = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0), chunk_size=chunk_size,
                     randomness="different")
     return gradient(selected, x0, y, t, eps)
-
-
-def layers(unet):
-    """{name: first convolution} of the decoder's first, middle and last residual block."""
-    blocks = [i for i, m in enumerate(unet.decoder) if isinstance(m, cm.ResBlock)]
-    chosen = blocks[0], blocks[len(blocks) // 2], blocks[-1]
-    return {f"decoder.{i}.block1.2": unet.decoder[i].block1[2] for i in chosen}
 
 
 def parts(gradients, name, layer):
@@ -114,33 +106,34 @@ def estimate(g1, g2, seed=0):
     rng = np.random.default_rng(seed)
     rows = []
     for a in RATIOS:
-        n1 = round(a * N)
-        n2 = N - n1
-        predicted = np.nan
-        if abs(cos) <= 1:  # estimates of small means can leave the range
-            predicted = ndtr(quality * ndtri(theory.pi_maj(a, N, mean_mu, mean_sigma, cos)))
+        n1, n2 = round(a * N), N - round(a * N)
+        predicted = (ndtr(quality * ndtri(theory.pi_maj(a, N, mean_mu, mean_sigma, cos)))
+                     if abs(cos) <= 1 else np.nan)  # estimates of small means can leave the range
         mean = n1 * along_b1.mean(0) + n2 * along_b2.mean(0)
         spread = np.sqrt(n1 * along_b1.var(0, ddof=1) + n2 * along_b2.var(0, ddof=1))
-        sums = np.array([draw_sum(rng, along_c1, n1) + draw_sum(rng, along_c2, n2)
-                         for _ in range(BATCHES)])
+        sums = np.array([sum(  # each of a class's gradients at most once
+            along[rng.choice(len(along), n, False)].sum(0)
+            for along, n in ((along_c1, n1), (along_c2, n2))) for _ in range(BATCHES)])
         rows.append(row | {"a": a, "predicted": predicted, "projected": ndtr(mean / spread).mean(),
                            "observed": (sums > 0).mean()})
     return rows
 
 
-def draw_sum(rng, along, n):
-    """The sum of n gradients, drawn without replacement, along v: [rows] from [samples, rows]."""
-    return along[rng.choice(len(along), n, False)].sum(0)
-
-
-def measure(checkpoint):
-    """Rows of one checkpoint, layer x part x ratio, from SAMPLES training images (with repeats,
-    fresh noise and times, drawn by the run's seed) each of the largest and of the smallest class.
-    Raises ValueError."""
-    config, unet, counts = cm.load_trained(checkpoint, "model")
+def measure(runs, flags, method, step, seed):
+    """Rows of a run, trained to `step`: layer x part x ratio, from SAMPLES training images (with
+    repeats, fresh noise and times, drawn by the seed) each of the largest and the smallest class.
+    Raises ValueError, also where the run runs off."""
+    out = runs / f"{method}-{seed}"
+    ran_off = common.run([*flags, *METHODS[method], "--base", "ddpm", "--seed", str(seed),
+                          "--steps", str(step)], out)
+    if ran_off:
+        raise ValueError(f"{out}: the loss is {ran_off}")
+    config, unet, counts = cm.load_trained(out / "checkpoint.pt", "model")
     data = cm.Data(config)
     losses = cm.CapacityManipulation.from_config(unet.train(), data.counts, config)
-    chosen = layers(unet)
+    blocks = [i for i, m in enumerate(unet.decoder) if isinstance(m, cm.ResBlock)]
+    chosen = {f"decoder.{i}.block1.2": unet.decoder[i].block1[2]
+              for i in (blocks[0], blocks[len(blocks) // 2], blocks[-1])}
     names = [n for n, _ in losses.named_parameters()
              if n.startswith(tuple(f"unet.{layer}." for layer in chosen)) and "bias" not in n]
     torch.manual_seed(config.seed)
@@ -159,21 +152,6 @@ def measure(checkpoint):
     return rows
 
 
-def study(args, flags):
-    """Train both methods, a run a seed, from stop to stop and measure at each, but for what has
-    rows already. Raises ValueError, also where a run runs off."""
-    flags, *_ = common.configured(flags, UNUSED, warmup="100")
-    options = f"{common.settings(flags)} --samples {SAMPLES}"
-    for seed, (method, own), stop in itertools.product(args.seeds, METHODS.items(), STOPS):
-        key = dict(zip(KEY, (method, stop, seed), strict=True))
-        if not common.has_row(args.rows, options, **key):
-            out = args.runs / f"{method}-{seed}"
-            ran_off = common.run([*flags, *own, "--base", "ddpm", "--seed", str(seed),
-                                  "--steps", str(stop)], out)
-            if ran_off:
-                raise ValueError(f"{out}: the loss is {ran_off}")
-            rows = [key | row for row in measure(out / "checkpoint.pt")]
-            common.add_rows(args.rows, options, rows)
 
 
 def summary(rows):
@@ -222,13 +200,15 @@ def draw(rows, path):
 def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
     args, flags = parser.parse_known_args(argv)
+    flags, *_ = common.configured(flags, UNUSED, warmup="100")
     if not args.table:
-        study(args, flags)
-    rows = common.numbers(common.read_table(args.rows, KEY), WORDS)
+        keys = [dict(method=method, step=step, seed=seed)
+                for seed in args.seeds for method in METHODS for step in STOPS]
+        common.study(args.rows, f"{common.settings(flags)} --samples {SAMPLES}", keys,
+                     functools.partial(measure, args.runs, flags))
+    rows = common.numbers(common.read_table(args.rows), WORDS)
     rows["mu_1/mu_2"] = rows["mu_1"] / rows["mu_2"]
-    print(table(rows))
-    print()
-    print(summary(rows))
+    print(table(rows), summary(rows), sep="\n\n")
     draw(rows, args.assets / "gradients.png")
 
 

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import itertools
 import math
 
 import torch
@@ -158,31 +157,20 @@ def sample(network, image_shape, steps, sigma_data, y, seeds):
     return x.clamp(-1, 1)
 
 
-def measure(method, config, data, args, options):
-    """Train, sample, evaluate: two rows, without options, of one and two sampler steps."""
+def measure(config, data, args, options, method, seed):
+    """Train, sample, evaluate: rows of one and of two sampler steps."""
+    config = dataclasses.replace(config, no_cm=method == "CT", seed=seed)
     sigma_data = cm.to_float(data.images).std().item()
-    path = args.runs / f"{method}-{config.seed}.pt"
-    unet = train(config, data, sigma_data, path, options)
+    unet = train(config, data, sigma_data, args.runs / f"{method}-{seed}.pt", options)
     measures = held_out(unet, data, config, sigma_data)
     network, rows = cm.merge(unet), []
     for steps in (1, 2):
         images = functools.partial(sample, network, data.images.shape[1:], steps, sigma_data)
-        file = args.runs / f"{method}-{config.seed}-{steps}.npz"
-        shared.sample(file, images, data, args.num_images, config.seed)
-        rows.append({"method": method, "seed": config.seed, "steps": config.steps,
-                     "sampler steps": steps} | measures | shared.scores(
-                         file, config, data.images.device, args.runs / "fid", FD))
+        file = args.runs / f"{method}-{seed}-{steps}.npz"
+        shared.sample(file, images, data, args.num_images, seed)
+        rows.append({"steps": config.steps, "sampler steps": steps} | measures | shared.scores(
+            file, config, data.images.device, args.runs / "fid", FD))
     return rows
-
-
-def study(config, args, options):
-    """Every run that has no rows yet. Raises ValueError."""
-    kept = f"{options} --num-images {args.num_images}"
-    data = cm.Data(config, cm.pick_device(config.device))
-    for seed, method in itertools.product(args.seeds, METHODS):
-        if not common.has_row(args.rows, kept, method=method, seed=seed):
-            own = dataclasses.replace(config, no_cm=method == "CT", seed=seed)
-            common.add_rows(args.rows, kept, measure(method, own, data, args, options))
 
 
 @common.interruptible
@@ -190,13 +178,14 @@ def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
     parser.add_argument("--num-images", type=int, default=5000, help="generated images a row")
     args, flags = parser.parse_known_args(argv)
-    torch.set_num_threads(1)  # results repeat only with the same number of threads
     flags, config, _ = common.configured(flags, UNUSED, n_max="1000", steps="6000", warmup="100")
     if not args.table:
-        study(config, args, common.settings(flags))
-    rows = common.read_table(args.rows, ["sampler steps"])
-    print(shared.compared(common.numbers(rows, ("method", "options")), DIGITS, ["CT"],
-                          by=["sampler steps"]))
+        options, data = common.settings(flags), cm.Data(config, cm.pick_device(config.device))
+        keys = [dict(method=method, seed=seed) for seed in args.seeds for method in METHODS]
+        common.study(args.rows, f"{options} --num-images {args.num_images}", keys,
+                     lambda **key: measure(config, data, args, options, **key))
+    rows = common.numbers(common.read_table(args.rows), ("method", "options"))
+    print(shared.compared(rows, DIGITS, ["CT"], by=["sampler steps"]))
     files = {f"{method}, one step": args.runs / f"{method}-{args.seeds[0]}-1.npz"
              for method in METHODS}
     shared.draw(config, files, args, args.assets / "consistency.png")

@@ -14,18 +14,12 @@ import fid
 from experiments.settings import shared
 from experiments.settings.consistency import __main__ as ct
 
-torch.set_num_threads(1)  # results repeat with as many threads
+
+COUNTS = [40, 10, 5, 2]
 
 
 def configured(**options):
     return cm.Config(image_size=8, channels=8, multipliers=(1, 2), **options).resolved()
-
-
-def weighed(d, y, margin):
-    """L_CM by the authors' weights, with the fuse, for distances d of classes y."""
-    n = torch.tensor([40, 10, 5, 2.0])
-    w = (4 * n / n.sum() - 0.2 * 4 / (n * (1 / n).sum()))[y]
-    return torch.where(w > 0, w * d, w * d.clamp(max=margin))
 
 
 def tiny(dropout=0.0, b=0.0, **options):
@@ -35,7 +29,7 @@ def tiny(dropout=0.0, b=0.0, **options):
     cm.reserve_capacity(unet.decoder, 0.25)
     for name, p in unet.named_parameters():
         p.data.add_((b if name.endswith(".B") else 0.1) * torch.randn_like(p))
-    losses = ct.ConsistencyTraining(unet, [40, 10, 5, 2], configured(**options), 0.6)
+    losses = ct.ConsistencyTraining(unet, COUNTS, configured(**options), 0.6)
     y = torch.tensor([0, 1, 2, 3, 3, 0])
     batch = (torch.randn(6, 1, 8, 8), y, torch.randn(6, 1, 8, 8), torch.where(y == 2, -1, y),
              torch.tensor([0, 1, 3, 5, 7, 7]), ct.make_grid(9))
@@ -76,31 +70,14 @@ def test_f_is_the_identity_at_sigma_min_and_scaled_elsewhere():
     assert torch.allclose(seen[0][1], torch.tensor(250 * math.log(0.802)))
 
 
-def test_without_BA_and_with_shared_masks_loss_and_general_gradients_are_the_plain_steps():
-    losses, batch = tiny(dropout=0.3, same_masks=True)
-    plain = ct.ConsistencyTraining(cm.merge(losses.unet), [40, 10, 5, 2], configured(no_cm=True),
-                                   0.6)
-    totals = []
-    for module in (losses.train(), plain.train()):
-        torch.manual_seed(3)
-        totals.append(module(*batch)[0])
-        totals[-1].backward()
-    assert torch.equal(*totals)
-    mine = {n.replace(".layer.", "."): p.grad for n, p in losses.unet.named_parameters()}
-    for name, p in plain.unet.named_parameters():
-        assert p.grad.abs().sum() > 0 or name.endswith("k.bias"), name
-        assert torch.allclose(mine[name], p.grad, rtol=1e-5, atol=1e-7), name
-    assert tiny(dropout=0.3)[0].train()(*batch)[2].abs().min() > 0  # theta_g's masks are its own
-
-
-def test_L_CM_sees_F_at_the_larger_sigma_only_and_the_target_nothing():
+def test_L_CM_sees_F_at_the_larger_sigma_only_and_the_target_nothing(weighed):
     losses, batch = tiny(b=0.3, lam=0.5, div_margin=1e-3)
     x0, y, eps, y_in, n, grid = batch
     total, base, loss_cm = losses(*batch)
     small, large = (sigma.float()[:, None, None, None] for sigma in (grid[n], grid[n + 1]))
     F, F_g = F_and_general(losses.unet, x0 + large * eps, grid[n + 1], y_in)
     d = (F - F_g).square().mean((1, 2, 3))
-    expected = weighed(d, y, 1e-3)
+    expected = weighed(d, y, COUNTS, margin=1e-3).float()
     assert d.min() > 1e-3  # so that the fuse matters
     assert torch.allclose(loss_cm, expected, rtol=1e-4, atol=1e-6) and loss_cm.abs().min() > 0
     f = ct.consistency(losses.unet, x0 + large * eps, grid[n + 1], y_in, 0.6)
@@ -113,51 +90,55 @@ def test_L_CM_sees_F_at_the_larger_sigma_only_and_the_target_nothing():
         p.data.mul_(2)
     _, other_base, same = losses(*batch)
     assert torch.equal(same, loss_cm) and not torch.allclose(other_base, base)
+    losses.config.no_cm = True
+    total, base, none = losses(*batch)
+    assert torch.equal(base, other_base) and total == base.mean() and not none.any()
 
 
-def test_neighbours_of_one_sigma_agree_under_dropout():
-    losses, (x0, y, eps, y_in, n, _) = tiny(dropout=0.5)
+def test_theta_shares_its_dropout_masks_with_the_target_and_theta_g_its_own_unless_told():
+    losses, batch = tiny(dropout=0.5)
     once = torch.full((9,), 1.5, dtype=torch.float64)
-    base = losses.train()(x0, y, eps, y_in, n, once)[1]
-    assert torch.equal(base, torch.zeros_like(base))  # theta^- has theta's weights and its masks
+    base = losses.train()(*batch[:-1], once)[1]
+    assert not base.any()  # of one sigma; theta^- has theta's weights
+    assert losses(*batch)[2].abs().min() > 0  # though BA = 0
+    losses.config.same_masks = True
+    first, second = losses(*batch), losses(*batch)
+    assert not first[2].any() and (first[1] != second[1]).all()
 
 
-def test_held_out_measures_one_by_one():
+def test_held_out_measures_one_by_one(weighed):
     losses, _ = tiny(b=0.3)
     unet = losses.unet.requires_grad_(False)
     labels = torch.arange(4).repeat_interleave(3)
     data = SimpleNamespace(
         images=torch.zeros(1), held_out=torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8),
-        held_out_labels=labels, names="abcd", counts=torch.tensor([40, 10, 5, 2]))
+        held_out_labels=labels, names="abcd", counts=torch.tensor(COUNTS))
     found = ct.held_out(unet, data, configured(lam=0.5), 0.6, 2, 3)
+    # three times the first two of each class, at pairs 3, 10 and 16
     eps = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    base, few, shares = [], [], []
-    for i in range(24):  # three times the first two of each class, at pairs 3, 10 and 16
-        which, n = [0, 1, 3, 4, 6, 7, 9, 10][i % 8], (3, 10, 16)[i // 8]
-        y, x0 = labels[which:which + 1], data.held_out[which:which + 1] / 127.5 - 1
-        small, large = ct.make_grid(21)[n:n + 2].split(1)
-        f, target = (ct.consistency(unet, x0 + sigma.float() * eps[i], sigma, y, 0.6)
-                     for sigma in (large, small))
-        base.append((f - target).square().mean().item())
-        few += base[-1:] if y.item() in (2, 3) else []
-        F, F_g = F_and_general(unet, x0 + large.float() * eps[i], large, y)
-        d = (F - F_g).square().mean((1, 2, 3))
-        shares.append(0.5 * weighed(d, y, 0.1).abs().item())
-    assert found["held-out loss Few"] == pytest.approx(sum(few) / 12, rel=1e-4)
-    share = sum(shares) / (sum(shares) + sum(base))
+    which = torch.tensor([0, 1, 3, 4, 6, 7, 9, 10]).repeat(3)
+    n = torch.tensor([3, 10, 16]).repeat_interleave(8)
+    y, x0, sigmas = labels[which], data.held_out[which] / 127.5 - 1, ct.make_grid(21)
+    noisy = [x0 + sigmas[k].float()[:, None, None, None] * eps for k in (n, n + 1)]
+    target, f = (ct.consistency(unet, x, sigmas[k], y, 0.6)
+                 for x, k in zip(noisy, (n, n + 1), strict=True))
+    base = (f - target).square().mean((1, 2, 3))
+    F, F_g = F_and_general(unet, noisy[1], sigmas[n + 1], y)
+    shares = 0.5 * weighed((F - F_g).square().mean((1, 2, 3)), y, COUNTS).abs()
+    assert found["held-out loss Few"] == pytest.approx(base[y >= 2].mean().item(), rel=1e-4)
+    share = (shares.mean() / (shares + base).mean()).item()
     assert found["held-out share"] == pytest.approx(share, rel=1e-4)
 
 
-class Line(nn.Module):
+class Line(nn.Sequential):
     """F of one number and its time."""
 
     def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(),
-                                    nn.Linear(32, 1))
+        super().__init__(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(),
+                         nn.Linear(32, 1))
 
     def forward(self, x, t, y):
-        return self.layers(torch.cat([x.flatten(1), t[:, None] / 1000], 1))[:, :, None, None]
+        return super().forward(torch.cat([x.flatten(1), t[:, None] / 1000], 1))[..., None, None]
 
 
 def train_line(steps, path, monkeypatch):
@@ -217,7 +198,7 @@ ARGS = ["--n-max", "8", "--ir", "2", "--image-size", "8", "--channels", "8",
 
 
 def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
-        stopped_and_whole, fewer_images, monkeypatch, capsys):
+        stopped_and_whole, fewer_images, monkeypatch):
     fewer_images(20, 4)
     monkeypatch.setattr(shared, "scores", lambda file, config, device, cache, names: (
         dict.fromkeys(names, float(fid.read_images(file)[0].float().mean()))))
@@ -229,8 +210,8 @@ def test_a_miniature_stopped_and_resumed_ends_bit_for_bit(
         return result
 
     monkeypatch.setattr(ct.ConsistencyTraining, "forward", recorded)
-    out = stopped_and_whole(ct.main, ARGS, 5)  # CM's second step
+    out = stopped_and_whole(ct.main, ARGS, (cm, "update", 5))  # CM's second step
+    assert "CM − (CT)" in out and Path("consistency.png").is_file()
     assert len(list(Path("runs").glob("*.npz"))) == 4
+    assert "--warmup 100 --num-images 20" in Path("rows.csv").read_text()
     assert seen[True][0] == seen[False][0]  # CT's and CM's first: batch, noise and masks
-    ct.main([*ARGS, "--table"])
-    assert capsys.readouterr().out == out

@@ -32,10 +32,7 @@ PRETRAIN_STEPS = 6000  # of cm.py's network, without labels
 WEIGHT_DECAY = 1e-6  # the paper's, as the next two
 EPOCHS = 100  # of a Stable Diffusion
 SAMPLE_STEPS = 50  # of DDIM
-OWN = dict(n_max="1000", steps="3000")  # options for cm.py
-PIPELINE = dict(dataset="folder", base="ddpm", lr="3e-4")
 UNUSED = "no_cm", "rank_ratio", "seed", "warmup", "compile", "flip", "network", "run", "sampling"
-
 
 # ------------------------------------------------------------------------------------------------
 # W = W_f + B_g A_g + B_e A_e
@@ -97,12 +94,10 @@ class Unlabelled:
     def __init__(self, config, out):
         self.config, self.data = config, cm.Data(config, cm.pick_device(config.device))
         self.batches, self.alpha_bar = self.data, cm.make_alpha_bar()
-        flags = ["--dataset", config.dataset, "--ir", "1", "--label-drop", "1", "--no-cm",
-                 "--steps", str(PRETRAIN_STEPS)]
-        for name in ("data", "device"):
-            value = getattr(config, name)
-            flags += [] if value is None else [f"--{name}", value]
-        failed = common.run(flags, out)
+        flags = f"--dataset {config.dataset} --ir 1 --label-drop 1 --no-cm --steps {PRETRAIN_STEPS}"
+        where = [f"--{name}={value}" for name in ("data", "device")
+                 if (value := getattr(config, name)) is not None]
+        failed = common.run([*flags.split(), *where], out)
         if failed:
             raise FloatingPointError(f"the loss before fine-tuning is {failed}")
         self.state = cm.load_trained(out / "checkpoint.pt")[1].state_dict()
@@ -239,25 +234,20 @@ def run(setting, method, seed, args, options):
     return files, trained
 
 
-def study(config, args, options):
-    """Every run of cm.py's network that has no rows yet. Raises ValueError."""
-    kept = f"{options} --num-images {args.num_images}"
-    missing = [(seed, method) for seed, method in itertools.product(args.seeds, METHODS)
-               if not common.has_row(args.rows, kept, method=method, seed=seed)]
-    if missing:
-        setting = Unlabelled(config, args.runs / "pretrained")
-    for seed, method in missing:
-        files, trained = run(setting, method, seed, args, options)
-        common.add_rows(args.rows, kept, [
-            dict(method=name, seed=seed, steps=config.steps, trained=trained) | shared.scores(
-                file, config, setting.data.images.device, args.runs / "fid", SHOWN)
-            for name, file in files.items()])
+def measure(config, args, options, method, seed):
+    """Rows of a run of cm.py's network, which is pre-trained where it isn't yet."""
+    setting = Unlabelled(config, args.runs / "pretrained")
+    files, trained = run(setting, method, seed, args, options)
+    return [dict(method=name, seed=seed, steps=config.steps, trained=trained) | shared.scores(
+        file, config, setting.data.images.device, args.runs / "fid", SHOWN)
+        for name, file in files.items()]
 
 
 def tune_pipeline(flags, args):
     """Every run on a Stable Diffusion, and how to score its samples: its configuration, and where
     they lie. Raises ValueError."""
-    flags, config, typed = common.configured(flags, UNUSED, ["guidance"], **PIPELINE)
+    flags, config, typed = common.configured(flags, UNUSED, ["guidance"], dataset="folder",
+                                              base="ddpm", lr="3e-4")
     cm.check("{}" in args.prompt, "prompt", args.prompt, "a text with {} for the class's name")
     cm.check((args.pretrained / "model_index.json").is_file(), "pretrained", args.pretrained,
              "the directory of a Stable Diffusion in diffusers' format")
@@ -286,15 +276,18 @@ def main(argv=None):
     parser.add_argument("--num-images", type=int, default=5000,
                         help="generated images of a run [default: 5000]")
     args, flags = parser.parse_known_args(argv)
-    torch.set_num_threads(1)  # results repeat only with the same number of threads
     args.ranks = args.ranks or ([128, 8] if args.pretrained else [8, 2])
     if args.pretrained and not args.table:
         config, pictures = tune_pipeline(flags, args)
     else:
-        flags, config, _ = common.configured(flags, UNUSED, ["guidance"], **OWN)
+        flags, config, _ = common.configured(flags, UNUSED, ["guidance"], n_max="1000",
+                                             steps="3000")
         if not args.table:
-            study(config, args, common.settings([*flags, "--ranks", *map(str, args.ranks)]))
-        rows, pictures = common.read_table(args.rows, SHOWN), args.assets
+            options = common.settings([*flags, "--ranks", *map(str, args.ranks)])
+            keys = [dict(method=method, seed=seed) for seed in args.seeds for method in METHODS]
+            common.study(args.rows, f"{options} --num-images {args.num_images}", keys,
+                         lambda **key: measure(config, args, options, **key))
+        rows, pictures = common.read_table(args.rows), args.assets
         print(shared.compared(common.numbers(rows, ("method", "options")), SHOWN,
                               [name for name in FILES if name != "CM"], same=["trained"]))
     files = {method: npz(args, config, method, args.seeds[0]) for method in METHODS}

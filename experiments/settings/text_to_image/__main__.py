@@ -9,6 +9,8 @@ seed, with guidance 1.5, into RUNS/prompt.png; beside images of that caption, bl
 none. README.md says what it does, and what its rows hold.
 """
 
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -76,7 +78,7 @@ class Setting:
         self.images, self.captions, self.labels = shapes.captioned_images(args.n_max, seed=0)
         index = cm.long_tail_indices(self.labels, args.ir, n_max=args.n_max)
         self.counts = np.bincount(self.labels[index])
-        self.words = sorted({word for caption in self.captions for word in shapes.split(caption)})
+        self.words = sorted(set(" ".join(self.captions).lower().replace(",", " ").split()))
         self.vae, self.scale = self.autoencoder(), 1
         self.scale = self.latents(self.images[index]).std()  # so that latents have variance 1
         ids = shapes.word_ids([self.captions[i] for i in index], self.words)
@@ -157,26 +159,16 @@ def scores(setting, judge, images, captions, labels):
     return row
 
 
-def study(args):
-    """Each method, guidance and seed that lacks a row. Raises ValueError."""
-    kept = (f"--n-max {args.n_max} --ir {args.ir:g} --steps {args.steps} "
-            f"--num-images {args.num_images}")
-    points = [dict(seed=seed, method=method, guidance=w) for seed in args.seeds
-              for method, w in POINTS]
-    missing = [point for point in points if not common.has_row(args.rows, kept, **point)]
-    if not missing:
-        return
-    setting = Setting(args)
-    test, _, labels = shapes.captioned_images(100, seed=99)
+def measure(setting, method, seed, guidance):
+    """A row: train, draw as many images of each class with captions of their own, judge."""
+    test, _, test_labels = shapes.captioned_images(100, seed=99)
     judge = common.judge(setting.images, torch.from_numpy(setting.labels),
-                         (test, torch.from_numpy(labels)), len(setting.counts), setting.device,
-                         args.runs / "judge")
-    for point in missing:
-        # as many images of each class, with captions of their own
-        images, captions, labels = shapes.captioned_images(args.num_images, 100 + point["seed"])
-        x = (setting.decoded(setting.latents(images)) if point["method"] == "autoencoder" else
-             setting.drawn(captions=captions, **point))
-        common.add_rows(args.rows, kept, [point | scores(setting, judge, x, captions, labels)])
+                         (test, torch.from_numpy(test_labels)), len(setting.counts),
+                         setting.device, setting.args.runs / "judge")
+    images, captions, labels = shapes.captioned_images(setting.args.num_images, 100 + seed)
+    x = (setting.decoded(setting.latents(images)) if method == "autoencoder" else
+         setting.drawn(method, seed, captions, guidance))
+    return [scores(setting, judge, x, captions, labels)]
 
 
 def draw(setting, captions, path, columns=6):
@@ -195,26 +187,29 @@ def draw(setting, captions, path, columns=6):
 @common.interruptible
 def main(argv=None):
     parser = common.parser(__file__, __doc__, seeds=(10, 11, 12))
-    for name, default, text in (("n-max", 1000, "images in the largest class"),
-                                ("ir", 100.0, "imbalance ratio"),
-                                ("steps", 4000, "training steps of a network"),
-                                ("num-images", 100, "generated images a class")):
-        parser.add_argument(f"--{name}", type=type(default), default=default,
-                            help=f"{text} [default: {default:g}]")
+    parser.add_argument("--n-max", type=int, default=1000, help="largest class [%(default)s]")
+    parser.add_argument("--ir", type=float, default=100, help="imbalance ratio [%(default)s]")
+    parser.add_argument("--steps", type=int, default=4000, help="of training [%(default)s]")
+    parser.add_argument("--num-images", type=int, default=100, help="a class [%(default)s]")
     parser.add_argument("--prompt", help="draw this into RUNS/prompt.png, and do nothing else")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # results repeat only with the same number of threads
+    setting = functools.cache(lambda: Setting(args))
     if args.prompt is not None:
-        draw(Setting(args), [args.prompt], args.runs / "prompt.png")
+        draw(setting(), [args.prompt], args.runs / "prompt.png")
         return
     if not args.table:
-        study(args)
-    rows = common.numbers(common.read_table(args.rows, SHOWN), ("method", "options"))
+        keys = [dict(seed=seed, method=method, guidance=w)
+                for seed in args.seeds for method, w in POINTS]
+        options = (f"--n-max {args.n_max} --ir {args.ir:g} --steps {args.steps} "
+                   f"--num-images {args.num_images}")
+        common.study(args.rows, options, keys, lambda **key: measure(setting(), **key))
+    rows = common.numbers(common.read_table(args.rows), ("method", "options"))
     print(shared.compared(rows, SHOWN, ["DDPM"], by=["guidance"]))
     if all((args.runs / f"{method}-{args.seeds[0]}.pt").is_file() for method in METHODS):
-        setting = Setting(args)
-        firsts = np.unique(setting.labels, return_index=True)[1]  # an image of each shape
-        draw(setting, [setting.captions[i] for i in firsts], args.assets / "text_to_image.png")
+        firsts = np.unique(setting().labels, return_index=True)[1]  # an image of each shape
+        captions = [setting().captions[i] for i in firsts]
+        draw(setting(), captions, args.assets / "text_to_image.png")
 
 
 if __name__ == "__main__":

@@ -121,15 +121,12 @@ def read(images):
             for names, found in ((COLOURS, colours), (list(PLACES), places))]
 
 
-def split(caption):
-    return caption.lower().replace(",", " ").split()
-
-
 def word_ids(captions, words):
     """[N, LENGTH] int64: each word's number in `words`, from 1; then 0, which is attended to like
     any word, as in Stable Diffusion. Raises ValueError."""
     ids = torch.zeros(len(captions), LENGTH, dtype=torch.long)
-    for row, used in zip(ids, map(split, captions), strict=True):
+    for row, caption in zip(ids, captions, strict=True):
+        used = caption.lower().replace(",", " ").split()
         wrong = [word for word in used if word not in words] + used[LENGTH:]
         if wrong:
             raise ValueError(f"unknown word, or one too many: {wrong[0]!r}; a caption is up to "
