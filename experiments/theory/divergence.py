@@ -31,7 +31,6 @@ UNUSED = ("n_max", "ir", "image_size", "channels", "w_div", "lr", "div_margin", 
           "run", "sampling")  # options of cm.py, and groups
 
 
-
 def measure(runs, flags, **key):
     """A row: train, or go on."""
     directory = runs / "-".join(map(str, key.values()))
