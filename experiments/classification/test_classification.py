@@ -126,9 +126,10 @@ def test_theta_g_gets_statistics_of_its_own(monkeypatch):
     assert not cm.reserved_layers(found) and not found.training
     order = torch.randperm(90, generator=torch.Generator().manual_seed(0))
     x = cm.to_float(images[order])
-    with cm.general_only(net), torch.no_grad():
+    with torch.no_grad():
         means = [net.stem[0](part).mean((0, 2, 3)) for part in (x[:60], x[60:])]
     assert torch.allclose(found.stem[1].running_mean, sum(means) / 2, atol=1e-5)
+    assert torch.equal(found.head.weight, net.head.layer.weight)  # W_g alone
 
 
 def test_batches_pass_over_all_images_in_orders_of_their_own():
