@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import datetime
 import fcntl
+import functools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision import transforms
+from torchvision import datasets, transforms
 from tqdm import tqdm
 
 T = 1000  # diffusion steps (Sec. G.1)
@@ -90,9 +91,9 @@ def matrix_and_rank(layer, rank_ratio):
 def reserve_capacity(module, rank_ratio=0.1, where=None):
     """Replace Conv2d and Linear layers inside `module`, in place, by LowRankReserved ones (Eq. 1).
 
-    `where(layer)` says which, by default all of them. A layer whose rank (`matrix_and_rank`)
-    wouldn't be below min(d, k) gets no BA. Returns the module (a bare layer comes back wrapped).
-    Raises ValueError where a layer is out of BA's reach, and if none is left. (Sec. 3.1, G.1)"""
+    `where(layer)` says which, by default all whose rank (`matrix_and_rank`) is below min(d, k).
+    Returns the module (a bare layer comes back wrapped). Raises ValueError where a layer is out of
+    BA's reach, and if none is left. (Sec. 3.1, G.1)"""
     check(0 < rank_ratio <= 1, "rank_ratio", rank_ratio, "in (0, 1]")
     if reserved_layers(module):
         raise ValueError("capacity is reserved in this module already; merge it first")
@@ -106,12 +107,11 @@ def reserve_capacity(module, rank_ratio=0.1, where=None):
             continue
         if "weight" not in layer._parameters:
             raise ValueError(f"{layer} has no weight of its own (weight norm, parametrization)")
-        if owned.count(id(layer.weight)) > 1:
-            raise ValueError("two modules share a weight (tied): merged, they would differ; leave "
-                             "it out by `where`")
-        if id(layer) in listed:
-            raise ValueError(f"a plain list holds {layer}, which would stay without BA there; use "
-                             "nn.ModuleList, or leave it out by `where`")
+        if owned.count(id(layer.weight)) > 1:  # merged, the two would differ
+            raise ValueError(f"{layer}'s weight is another's, too (tied); leave it out by `where`")
+        if id(layer) in listed:  # there it would stay without BA
+            raise ValueError(f"a plain list holds {layer}; use nn.ModuleList, or leave it out by "
+                             "`where`")
         d, k, rank = matrix_and_rank(layer, rank_ratio)
         if rank < min(d, k):
             reserved[layer] = LowRankReserved(layer, d, k, rank)
@@ -437,8 +437,7 @@ def conv(cin, cout, kernel=3, stride=1, gain=1.0):
 
 
 def norm(channels):
-    """32 groups as in the base code; one where channels are few, since small groups hide an image's
-    mean from the network."""
+    """32 groups as in the base code; one where small groups would hide an image's mean."""
     return nn.GroupNorm(32 if channels >= 128 else 1, channels)
 
 
@@ -459,11 +458,10 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    def __init__(self, cin, cout, emb_dim, dropout, attention):
+    def __init__(self, cin, cout, attention, emb_dim, dropout):
         super().__init__()
         self.block1 = nn.Sequential(norm(cin), nn.SiLU(), conv(cin, cout))
-        self.emb_proj = nn.Sequential(nn.SiLU(),
-                                      initialised(nn.Linear(emb_dim, cout)))
+        self.emb_proj = nn.Sequential(nn.SiLU(), initialised(nn.Linear(emb_dim, cout)))
         self.block2 = nn.Sequential(norm(cout), nn.SiLU(), nn.Dropout(dropout),
                                     conv(cout, cout, gain=1e-5))
         self.shortcut = conv(cin, cout, 1) if cin != cout else nn.Identity()
@@ -475,10 +473,8 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t, y); Eq. (1) is for its decoder.
-
-    `image_size` only places the attention; any size divisible by 2^(levels-1) can be fed. Raises
-    ValueError where widths don't fit GroupNorm."""
+    """eps_theta(x_t, t, y). `image_size` only places the attention: any size that is divisible by
+    2^(levels-1) can be fed. Raises ValueError where widths don't fit GroupNorm."""
 
     def __init__(self, num_classes=10, image_channels=3, image_size=32, channels=128,
                  multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1):
@@ -487,35 +483,33 @@ class UNet(nn.Module):
         self.time_embedding = nn.Sequential(initialised(nn.Linear(channels, emb_dim)), nn.SiLU(),
                                             initialised(nn.Linear(emb_dim, emb_dim)))
         self.label_embedding = nn.Embedding(num_classes, emb_dim)
-        attends = [image_size >> level in attention for level in range(len(multipliers))]
+
+        block = functools.partial(ResBlock, emb_dim=emb_dim, dropout=dropout)
+        levels = [(channels * multiplier, image_size >> level in attention)
+                  for level, multiplier in enumerate(multipliers)]
 
         self.encoder = nn.ModuleList([conv(image_channels, channels)])
-        width, widths = channels, [channels]
-        for level, multiplier in enumerate(multipliers):
+        widths = [channels]  # of the encoder's outputs; the decoder takes them from the last on
+        for level, (width, attends) in enumerate(levels):
+            if level > 0:
+                self.encoder.append(conv(widths[-1], widths[-1], stride=2))
+                widths.append(widths[-1])
             for _ in range(blocks):
-                block = ResBlock(width, channels * multiplier, emb_dim, dropout, attends[level])
-                self.encoder.append(block)
-                width = channels * multiplier
-                widths.append(width)
-            if level < len(multipliers) - 1:
-                self.encoder.append(conv(width, width, stride=2))
+                self.encoder.append(block(widths[-1], width, attends))
                 widths.append(width)
 
-        self.middle = nn.ModuleList([ResBlock(width, width, emb_dim, dropout, True),
-                                     ResBlock(width, width, emb_dim, dropout, False)])
+        self.middle = nn.ModuleList([block(width, width, True), block(width, width, False)])
 
         self.decoder = nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(multipliers))):
+        for level, (out, attends) in reversed(list(enumerate(levels))):
             for _ in range(blocks + 1):
-                block = ResBlock(width + widths.pop(), channels * multiplier, emb_dim, dropout,
-                                 attends[level])
-                self.decoder.append(block)
-                width = channels * multiplier
+                self.decoder.append(block(width + widths.pop(), out, attends))
+                width = out
             if level > 0:
-                self.decoder.append(nn.Sequential(OrderedDict(
-                    up=nn.Upsample(scale_factor=2), conv=conv(width, width))))
-        self.decoder.append(nn.Sequential(norm(width), nn.SiLU(),
-                                          conv(width, image_channels, gain=1e-5)))
+                up = OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv(width, width))
+                self.decoder.append(nn.Sequential(up))
+        last = conv(width, image_channels, gain=1e-5)
+        self.decoder.append(nn.Sequential(norm(width), nn.SiLU(), last))
 
     def embed(self, t, y):
         """What residual blocks are told of t [B] and y [B] (-1: dropped), [B, 4 * channels]."""
@@ -545,10 +539,8 @@ class UNet(nn.Module):
 
 
 def make_unet(config, num_classes, image_channels):
-    """The UNet of a run, with capacity reserved in its decoder (Eq. 1) unless --no-cm.
-
-    As in the authors' code: in the 3x3 convolutions of the decoder's blocks and upsampling, but the
-    last; with --preset paper these are 27."""
+    """The UNet of a run, with capacity reserved (Eq. 1) unless --no-cm where the authors' code has
+    it: in the 3x3 convolutions of the decoder's blocks and upsampling, but the last."""
     unet = UNet(num_classes, image_channels, config.image_size, config.channels,
                 config.multipliers, config.blocks, config.attention, config.dropout)
     if not config.no_cm:
@@ -566,8 +558,7 @@ def class_counts(n_max, ir, num_classes):
     """Training images a class, N_c = int(n_max * ir^(-c/(C-1))) (Cao et al. 2019), C ints. Raises
     ValueError if a class would be empty."""
     counts = [int(n_max * (1 / ir) ** (c / (num_classes - 1.0))) for c in range(num_classes)]
-    if counts[-1] < 1:
-        raise ValueError(f"--ir {ir:g} leaves the smallest class empty; type a smaller one")
+    check(counts[-1] > 0, "ir", ir, "smaller: it leaves the smallest class empty")
     return counts
 
 
@@ -621,8 +612,8 @@ def read_image(file):
 
 
 def read_images(files, prepare=np.asarray):
-    """uint8 [N, H, W, 3] of image files, made of PIL images by `prepare`. Raises ValueError, which
-    names up to five files that can't be read or aren't of the first one's size."""
+    """uint8 [N, H, W, 3] of image files of one size, made of PIL images by `prepare`. Raises
+    ValueError, which names up to five files that can't be read."""
     def decode(file):
         try:
             return prepare(read_image(file))
@@ -631,51 +622,43 @@ def read_images(files, prepare=np.asarray):
 
     with ThreadPool() as pool:  # PIL decodes outside the interpreter's lock
         images = list(tqdm(pool.imap(decode, files, 64), "decoding", len(files)))
-    wrong = [image for image in images if isinstance(image, ValueError)]
-    if not wrong:
-        wrong = [f"{file} isn't of {files[0]}'s size" for file, image in
-                 zip(files, images, strict=True) if image.shape != images[0].shape]
+    wrong = [str(image) for image in images if isinstance(image, ValueError)]
     if wrong:
-        raise ValueError("; ".join(map(str, wrong[:5])) + f" (of {len(wrong)})" * (len(wrong) > 5))
+        raise ValueError("; ".join(wrong[:5]) + f" (of {len(wrong)})" * (len(wrong) > 5))
     return np.stack(images)
 
 
-def visible(folder):
-    """The paths in a folder, sorted, without hidden ones and __MACOSX."""
-    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name != "__MACOSX")
+def visible(names):
+    """File names, sorted, without hidden ones and __MACOSX."""
+    return sorted(name for name in names if name[0] != "." and name != "__MACOSX")
 
 
 def list_images(tree, names=("",)):
     """The image files beneath tree/NAME of each class (beneath `tree`), and their classes [N].
     Linked folders are followed once; files of other endings are counted on stderr."""
-    endings, found = torchvision.datasets.folder.IMG_EXTENSIONS, []
-    seen = {(tree / name).resolve() for name in ("", *names)}
+    found, seen = [], {os.path.realpath(tree / name) for name in ("", *names)}
     for label, name in enumerate(names):
-        folders = [tree / name] if (tree / name).is_dir() else []  # val may lack a class
-        while folders:
-            for path in visible(folders.pop()):
-                if not path.is_dir():
-                    found.append((path, label))
-                elif path.resolve() not in seen:
-                    seen.add(path.resolve())
-                    folders.append(path)
-    images = [(path, label) for path, label in found if path.suffix.lower() in endings]
-    others = len(found) - len(images)
-    if others:
-        print(f"{tree}: {others} files left out, whose endings aren't images'", file=sys.stderr)
-    images.sort(key=lambda image: os.path.split(image[0]))
-    return [path for path, _ in images], np.array([label for _, label in images], np.int64)
+        for folder, inner, files in os.walk(tree / name, followlinks=True):
+            found += [(folder, file, label) for file in visible(files)]
+            real = {os.path.realpath(Path(folder, name)): name for name in visible(inner)}
+            inner[:] = [name for path, name in real.items() if path not in seen]
+            seen.update(real)
+    images = [image for image in sorted(found) if datasets.folder.is_image_file(image[1])]
+    if len(images) < len(found):
+        print(f"{tree}: {len(found) - len(images)} files left out, whose endings aren't images'",
+              file=sys.stderr)
+    return [Path(*image[:2]) for image in images], np.array([i[2] for i in images], np.int64)
 
 
 def class_folders(root):
     """(folder of the classes' folders, their names) of an image tree: root/train, if it holds
     folders, else root; held-out images are apart, in root/val. Raises ValueError."""
-    beside = [path.name for path in visible(root) if path.is_dir()]
-    inner = [p.name for p in visible(root / "train") if p.is_dir()] if "train" in beside else []
+    beside, inner = (visible(path.name for path in folder.glob("*") if path.is_dir())
+                     for folder in (root, root / "train"))
     parts = {"train", "training", "val", "valid", "validation", "test", "testing"}
-    if inner:
-        tree, names, odd = root / "train", inner, set(beside) - {"train", "val"}
-        odd -= parts if "val" in beside else set()  # a test set may lie beside both
+    if inner:  # a test set may lie beside train and val
+        tree, names = root / "train", inner
+        odd = set(beside) - (parts if "val" in beside else {"train"})
     else:
         tree, names = root, [name for name in beside if name != "val"]
         odd = {name for name in names if name.lower() in parts} - {"train"}
@@ -686,50 +669,47 @@ def class_folders(root):
     return tree, names
 
 
-def read_folder(root, size, train):
-    """An image tree: uint8 [N, size, size, 3], the shorter side resized, then the centre cropped;
-    labels, class names. Raises ValueError."""
-    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
-    square = transforms.Compose([resize, transforms.CenterCrop(size), np.asarray])
-    tree, names = class_folders(root)
-    files, labels = list_images(tree if train else root / "val", names)
-    empty = [name for label, name in enumerate(names) if label not in labels]
-    if train and empty:
-        raise ValueError(f"{tree} holds no valid file for the classes {', '.join(empty)}")
-    images = read_images(files, square) if files else np.empty((0, size, size, 3), np.uint8)
-    return images, labels, names
-
-
 def load_dataset(name, data=None, image_size=32, train=True):
     """A data set as it comes (not yet long-tailed): uint8 [N, H, W, C], labels [N] int64, list of
     class names. train=False: the held-out images, N = 0 where there are none. Raises ValueError."""
     if name == "folder":
         check(data, "data", data, "a tree with one folder of images a class")
         return read_folder(Path(data), image_size, train)
-    sizes = (8, 16) if name == "fashion16" else (8, 16, 32)
-    check(image_size in sizes, "image_size", image_size, f"one of {sizes} for {name}")
     if name == "fashion16":
         check(data is None, "data", data, "left away with fashion16, which lies beside cm.py")
-        part, names = "train" if train else "test", torchvision.datasets.FashionMNIST.classes
+        part, names = "train" if train else "test", datasets.FashionMNIST.classes
         with np.load(FASHION16) as file:
             images, labels = file[f"{part}_images"][..., None], file[f"{part}_labels"]
     else:
         kind = "FashionMNIST" if name == "fashion" else name.upper()
         try:
-            whole = getattr(torchvision.datasets, kind)(data or "data", train, download=True)
+            whole = getattr(datasets, kind)(data or "data", train, download=True)
         except Exception as e:  # torchvision, urllib and pickle have many kinds
             raise ValueError(f"--data is {data or 'data'}; {kind} is neither whole there nor could "
-                             f"it be fetched ({e or type(e).__name__})") from None
+                             f"it be fetched ({e!r})") from None
         images, labels, names = np.asarray(whole.data), np.asarray(whole.targets), whole.classes
         if name == "fashion":
             images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]  # [N, 32, 32, 1]
     return shrink(images, image_size), labels.astype(np.int64), list(names)
 
 
+def read_folder(root, size, train):
+    """`load_dataset` of an image tree: the shorter side is resized, then the centre cropped."""
+    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
+    square = transforms.Compose([resize, transforms.CenterCrop(size), np.asarray])
+    tree, names = class_folders(root)
+    files, labels = list_images(tree if train else root / "val", names)
+    empty = [name for label, name in enumerate(names) if train and label not in labels]
+    check(not empty, "data", root, f"a tree with images of {', '.join(empty)}, too")
+    images = read_images(files, square) if files else np.empty((0, size, size, 3), np.uint8)
+    return images, labels, names
+
+
 def shrink(images, size):
-    """uint8 [N, H, H, C] averaged to [N, size, size, C]; size divides H."""
+    """uint8 [N, H, H, C] averaged to [N, size, size, C]. Raises ValueError."""
     n, side, _, channels = images.shape
-    if side == size:
+    check(side % size == 0, "image_size", size, f"a divisor of {side}")
+    if size == side:
         return images
     blocks = images.reshape(n, size, side // size, size, side // size, channels)
     return np.rint(blocks.mean((2, 4), np.float32)).astype(np.uint8)
