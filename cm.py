@@ -16,22 +16,22 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import datetime
 import fcntl
 import functools
 import json
 import math
 import os
 import sys
-from collections import OrderedDict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -48,10 +48,9 @@ T = 1000  # diffusion steps (Sec. G.1)
 class LowRankReserved(nn.Module):
     """A Conv2d or Linear whose weight is W_g + BA, or W_g alone inside `general_only` (Eq. 1).
 
-    `layer` holds W_g and the bias, and is called with its weight replaced: its own forward and its
-    hooks go on working. B [d, r] starts at zero and A [r, k] at random, as in LoRA, so
-    training starts from the plain layer; unlike LoRA's, W_g is trained too, and BA has no factor.
-    d, k and the rank r are `matrix_and_rank`'s. `weight` and `bias` read as on the plain layer."""
+    `layer` holds W_g and the bias and is called with its weight replaced, so its own forward and
+    hooks go on working. B [d, r] starts at zero, A [r, k] at random, as in LoRA: training starts
+    from the plain layer. Unlike LoRA's, W_g is trained too, and BA has no factor."""
 
     def __init__(self, layer, d, k, rank):
         super().__init__()
@@ -149,10 +148,8 @@ def general_only(module):
 
 
 def merge(module):
-    """A plain copy of `module` with the weights in force, W_g + BA, folded in (Sec. 3.2).
-
-    Names, parameter count and FLOPs are those of a network that never had reserved capacity.
-    Inside `general_only` it is theta_g."""
+    """A plain copy of `module` with the weights in force, W_g + BA, folded in (Sec. 3.2); inside
+    `general_only` theta_g's. Names and FLOPs are those of a network without reserved capacity."""
     plain = copy.deepcopy(module)
     for reserved in reversed(reserved_layers(plain)):  # from the inside out
         weight = reserved.weight.detach().clone()
@@ -176,9 +173,8 @@ def class_weights(counts):
 
 
 def capacity_weights(counts, w_con=1.0, w_div=0.2):
-    """w [C], what a class's distance d counts for: w_con * omega_con - w_div * omega_div.
-
-    1 and 0.2 are the authors' code's, 1 and 1 Eq. (2) as printed; 0 leaves a term out (Tab. 7)."""
+    """w [C], what a class's distance d counts for. 1 and 0.2 are the authors' code's, 1 and 1
+    Eq. (2) as printed; 0 leaves a term out (Tab. 7)."""
     omega_con, omega_div = class_weights(counts)
     return w_con * omega_con - w_div * omega_div
 
@@ -192,10 +188,9 @@ def squared_distance(a, b):
 
 
 def capacity_loss(eps_theta, eps_theta_g, w, div_margin=0.1):
-    """L_CM [B], w * d, of predictions [B, C, H, W] and each sample's weight w [B] (Eq. 2).
-
-    Where w < 0 the loss has no lower bound in eps_theta_g, so there, and only there, d counts up to
-    `div_margin`: a fuse, far above what dropout makes of d; inf is the authors' form."""
+    """L_CM [B], w * d, of predictions [B, C, H, W] and each sample's weight w [B] (Eq. 2). Where
+    w < 0 it has no lower bound in eps_theta_g: there, and only there, d counts up to `div_margin`,
+    a fuse far above what dropout makes of d; inf is the authors' form."""
     return weigh(squared_distance(eps_theta, eps_theta_g), w, div_margin)
 
 
@@ -232,11 +227,10 @@ def add_noise(x0, t, eps, alpha_bar):
 
 @torch.no_grad()
 def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
-    """Oriented Calibration (OC, Zhang et al. 2024): let rare classes learn from frequent ones.
-
-    A reference x_ref is drawn from the batch with probability ~ q(x_t | x_ref), the sample itself
-    included; where its class is no rarer than y's, the target [B, C, H, W] points to it, else it is
-    eps. (Eqs. D.2-D.4, with the bar on alpha and the division that OC's published code has)"""
+    """Oriented Calibration (OC, Zhang et al. 2024): let rare classes learn from frequent ones. Of
+    the batch an x_ref is drawn with probability ~ q(x_t | x_ref); where its class is no rarer than
+    y's, the target [B, C, H, W] points to it, else it is eps. (Eqs. D.2-D.4, with the bar on alpha
+    and the division that OC's published code has)"""
     signal_scale, noise_scale = scales(alpha_bar, t, x0)
     # without cdist's matrix product: at small t the exponent multiplies rounding by 10^4
     distance = torch.cdist((x_t / signal_scale).flatten(1), x0.flatten(1),
@@ -251,9 +245,8 @@ def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
 
 def cbdm_pull(eps_theta, eps_other, t, y_in):
     """What Class-Balancing Diffusion (CBDM, Qin et al. 2023) adds to the base loss [B]: predictions
-    for y and another class y' are pulled together, so that rare classes share what others know.
-
-    Eq. (D.1) with one y', tau = t / T and gamma = 1/4; nothing where y is dropped."""
+    for y and another class y' are pulled together. Eq. (D.1) with one y', tau = t / T and
+    gamma = 1/4; nothing where y is dropped."""
     pull = squared_distance(eps_theta, eps_other.detach())
     pull = pull + 0.25 * squared_distance(eps_theta.detach(), eps_other)
     return t / T * pull * (y_in >= 0)
@@ -272,9 +265,9 @@ def same_masks(x):
 class CapacityManipulation(nn.Module):
     """The losses of one batch under a network `unet(x_t, t, y)`. A variation is a subclass of it.
 
-    counts [C] are training counts; `base` is "ddpm", "oc", "cbdm" or "focal"; `lam` is lambda;
-    w_con, w_div, div_margin as in `capacity_weights` and `capacity_loss`; `same_masks`: theta and
-    theta_g share their dropout masks; `cbdm_prior`: of `other_classes`; `no_cm`: base loss only."""
+    counts [C]: training images; `base`: "ddpm", "oc", "cbdm" or "focal"; `lam`: lambda; w_con,
+    w_div, div_margin: see above; `same_masks`: theta and theta_g share their dropout masks;
+    `cbdm_prior`: see `other_classes`; `no_cm`: base loss only."""
 
     def __init__(self, unet, counts, base="ddpm", lam=1.0, w_con=1.0, w_div=0.2, div_margin=0.1,
                  same_masks=False, cbdm_prior="uniform", no_cm=False):
@@ -292,8 +285,7 @@ class CapacityManipulation(nn.Module):
                    config.div_margin, config.same_masks, config.cbdm_prior, config.no_cm)
 
     def forward(self, x0, y, t, eps, y_in):
-        """x0, eps [B, C, H, W]; y, t [B]; y_in [B], y with -1 where the label is dropped.
-
+        """x0, eps [B, C, H, W]; y, t [B]; y_in [B], y with -1 where the label is dropped
         -> total loss (scalar), base loss [B], L_CM [B], d [B]. (Algorithm C.1)"""
         x_t = add_noise(x0, t, eps, self.alpha_bar)
         target = eps
@@ -395,7 +387,6 @@ SAMPLERS = {"ddim": (ddim, 50), "ddpm": (ddpm, T), "dpm": (dpm, 15)}  # with the
 @torch.no_grad()
 def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0, seeds=None):
     """Images [B, C, H, W] in [-1, 1] of an eps-function or UNet in eval mode, `model(x, t, y)`.
-
     labels [B] (-1: none); image_shape (C, H, W); seeds: one int an image, so that the batch size
     doesn't matter; guidance w: eps_c + w (eps_c - eps_null), classifier-free. Raises ValueError."""
     draw, usual = SAMPLERS[sampler]
@@ -506,8 +497,8 @@ class UNet(nn.Module):
                 self.decoder.append(block(width + widths.pop(), out, attends))
                 width = out
             if level > 0:
-                up = OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv(width, width))
-                self.decoder.append(nn.Sequential(up))
+                self.decoder.append(nn.Sequential(nn.Upsample(scale_factor=2)))
+                self.decoder[-1].add_module("conv", conv(width, width))
         last = conv(width, image_channels, gain=1e-5)
         self.decoder.append(nn.Sequential(norm(width), nn.SiLU(), last))
 
@@ -563,11 +554,9 @@ def class_counts(n_max, ir, num_classes):
 
 
 def long_tail_indices(labels, ir, seed=0, n_max=None):
-    """Indices of the long-tailed subset of `labels` [N], class by class; ir = 1 alone keeps all N.
-
-    As in the code that everyone's figures come from: RandomState(seed), there 0, classes in order,
-    each class's indices shuffled, the first N_c taken; n_max = N / C, or the smallest class where
-    classes differ. Raises ValueError where a class has fewer images than its N_c."""
+    """Indices of the long-tailed subset of `labels` [N]; ir = 1 alone keeps all N. As in everyone's
+    code: RandomState(seed), there 0, classes in order, each one's indices shuffled, the first N_c
+    taken; n_max = N / C (the smallest class where they differ). Raises ValueError."""
     labels = np.asarray(labels)
     if ir == 1 and n_max is None:
         return np.arange(len(labels))
@@ -674,7 +663,14 @@ def load_dataset(name, data=None, image_size=32, train=True):
     class names. train=False: the held-out images, N = 0 where there are none. Raises ValueError."""
     if name == "folder":
         check(data, "data", data, "a tree with one folder of images a class")
-        return read_folder(Path(data), image_size, train)
+        resize = transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC)
+        square = transforms.Compose([resize, transforms.CenterCrop(image_size), np.asarray])
+        tree, names = class_folders(Path(data))
+        files, labels = list_images(tree if train else Path(data, "val"), names)
+        empty = [name for label, name in enumerate(names) if train and label not in labels]
+        check(not empty, "data", data, f"a tree with images of {', '.join(empty)}, too")
+        images = np.empty((0, image_size, image_size, 3), np.uint8)
+        return read_images(files, square) if files else images, labels, names
     if name == "fashion16":
         check(data is None, "data", data, "left away with fashion16, which lies beside cm.py")
         part, names = "train" if train else "test", datasets.FashionMNIST.classes
@@ -682,27 +678,16 @@ def load_dataset(name, data=None, image_size=32, train=True):
             images, labels = file[f"{part}_images"][..., None], file[f"{part}_labels"]
     else:
         kind = "FashionMNIST" if name == "fashion" else name.upper()
+        root, fetch = data or "data", "WORLD_SIZE" not in os.environ  # two processes would clash
         try:
-            whole = getattr(datasets, kind)(data or "data", train, download=True)
+            whole = getattr(datasets, kind)(root, train, download=fetch)
         except Exception as e:  # torchvision, urllib and pickle have many kinds
-            raise ValueError(f"--data is {data or 'data'}; {kind} is neither whole there nor could "
-                             f"it be fetched ({e!r})") from None
+            raise ValueError(f"--data is {root}; {kind} is neither whole there nor could it be "
+                             f"fetched, which needs a run without torchrun ({e!r})") from None
         images, labels, names = np.asarray(whole.data), np.asarray(whole.targets), whole.classes
         if name == "fashion":
             images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]  # [N, 32, 32, 1]
     return shrink(images, image_size), labels.astype(np.int64), list(names)
-
-
-def read_folder(root, size, train):
-    """`load_dataset` of an image tree: the shorter side is resized, then the centre cropped."""
-    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
-    square = transforms.Compose([resize, transforms.CenterCrop(size), np.asarray])
-    tree, names = class_folders(root)
-    files, labels = list_images(tree if train else root / "val", names)
-    empty = [name for label, name in enumerate(names) if train and label not in labels]
-    check(not empty, "data", root, f"a tree with images of {', '.join(empty)}, too")
-    images = read_images(files, square) if files else np.empty((0, size, size, 3), np.uint8)
-    return images, labels, names
 
 
 def shrink(images, size):
@@ -722,10 +707,8 @@ def on_device(images, labels, device):
 
 
 class Data:
-    """A training set as one uint8 tensor on the device, sorted by class, and its held-out images.
-
-    images [N, C, H, W]; labels [N]; counts [C] int64 tensor; starts [C]; names; held_out,
-    held_out_labels; held_out_name. Raises ValueError."""
+    """A training set on the device, sorted by class: images uint8 [N, C, H, W], labels [N], counts
+    [C], starts [C], names; held_out, held_out_labels, held_out_name. Raises ValueError."""
 
     def __init__(self, config, device="cpu"):
         options = config.dataset, config.data, config.image_size
@@ -745,8 +728,7 @@ class Data:
             self.held_out_name = "TRAINING images"
 
     def batch(self, size, resample=1.0, flip=True):
-        """`size` images in [-1, 1] and their labels, drawn with replacement, classes with
-        p_c ~ N_c^resample."""
+        """`size` images in [-1, 1], their labels: with replacement, classes p_c ~ N_c^resample."""
         y = torch.multinomial(self.counts.double() ** resample, size, replacement=True)
         index = self.starts[y] + torch.randint(2**62, (size,), device=y.device) % self.counts[y]
         x = to_float(self.images[index])
@@ -775,9 +757,7 @@ def to_uint8(x):
 
 def hashed_seed(purpose, *numbers):
     """One integer for `manual_seed`, from a purpose (at most 8 letters) and ints in [0, 2^63).
-
-    PyTorch's CPU generators keep only the low 32 bits of a seed: sums of a run's seed and its step
-    would give two runs the same draws. Hashed, they meet by chance alone."""
+    PyTorch's CPU generators keep its low 32 bits: sums would meet, hashes do by chance alone."""
     # SeedSequence takes words of 32 bits; two halves of each, so that no two lists read alike
     words = [int.from_bytes(purpose.encode(), "little"), *numbers]
     halves = [half for word in words for half in (word % 2**32, word >> 32)]
@@ -785,10 +765,8 @@ def hashed_seed(purpose, *numbers):
 
 
 def draw_batch(data, config, size, step, rank=0):
-    """One step's x0, y, t, eps and y_in (y, -1 where the label is dropped).
-
-    Also seeds what `forward` draws, all by (seed, step, process): so a resumed run draws what the
-    uninterrupted one draws, and runs of different methods see the same batches."""
+    """One step's x0, y, t, eps and y_in (y, -1 where the label is dropped). Also seeds what
+    `forward` draws, all by (seed, step, process): for resumed runs, and for other methods' runs."""
     torch.manual_seed(hashed_seed("batch", config.seed, step, rank))
     x0, y = data.batch(size, config.resample, config.flip)
     t = torch.randint(T, (size,), device=x0.device)
@@ -813,8 +791,7 @@ def pick_device(name=None):
 
 
 def lay_out(unet, device):
-    """The network on its device, on the CPU its convolutions channels-last; not 1x1 kernels, whose
-    bytes stay: DDP would warn of their strides."""
+    """The network on its device, on the CPU channels-last (not 1x1 kernels: DDP would warn)."""
     unet = unet.to(device)
     for p in unet.parameters():
         if device.type == "cpu" and p.ndim == 4 and p.shape[2:].numel() > 1:
@@ -868,15 +845,15 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return state, Config(**state["config"])
     except Exception as e:  # torch.load raises nearly anything on a broken file
-        unread = getattr(e, "filename", None)  # else the system's word on a truncated file misleads
-        reason = e.strerror if unread else "truncated, or none that this cm.py wrote"
-        raise ValueError(f"{path} can't be loaded as a checkpoint.pt: {reason}") from None
+        raise ValueError(f"{path} can't be loaded as a checkpoint.pt ({e!r:.90})") from None
 
 
-def load_weights(part, weights, path):
-    """Fill a network, or what trains it. Raises ValueError."""
+def load_weights(parts, state, path):
+    """Fill a network, and what trains it, by their names in a checkpoint. Raises ValueError."""
     try:
-        part.load_state_dict(weights)
+        for name, part in parts.items():
+            if state[name]:  # without float16 there is no scale
+                part.load_state_dict(state[name])
     except RuntimeError:
         raise ValueError(f"{path} holds another network than its configuration says") from None
 
@@ -887,7 +864,7 @@ def load_trained(path, weights="ema", network=make_unet):
     that of `train`. Raises ValueError."""
     state, config = load_checkpoint(path)
     unet = network(config, len(state["counts"]), state["ema"]["encoder.0.weight"].shape[1])
-    load_weights(unet, state[weights], path)
+    load_weights({weights: unet}, state, path)
     return config, unet.eval().requires_grad_(False), state["counts"]
 
 
@@ -903,14 +880,13 @@ def groups(counts):
     return classes | {name: torch.as_tensor(k) for name, k in splits(counts).items()}
 
 
-def row_of(sums, step, lr, names, counts, out):
+def row_of(sums, since, step, lr, names, counts, out):
     """A row of log.csv, means since the last one, of `train`'s sums (nan: none drawn). Raises
     FloatingPointError where a step wasn't finite."""
     by_class, (loss, grad_norm, steps, _) = sums[:-1].cpu(), sums[-1].tolist()
     if not sums.isfinite().all():
         odd = [names[k] for k in torch.where(~by_class.isfinite().all(1))[0].tolist()[:20]]
         what = f"the loss of {', '.join(odd)}" if odd else "the gradient"
-        since = step - int(steps) // (dist.get_world_size() if dist.is_initialized() else 1)
         raise FloatingPointError(f"{what} is not finite between steps {since} and {step}; the last "
                                  f"good checkpoint is {out}/checkpoint.pt")
     base, loss_cm, d, samples = by_class.T
@@ -920,12 +896,6 @@ def row_of(sums, step, lr, names, counts, out):
         for group, k in groups(counts).items():
             row[f"{kind}_{group}"] = float(values[k].sum() / samples[k].sum())
     return row
-
-
-def write_log(path, rows):
-    """log.csv, whole."""
-    lines = [",".join(rows[0])] + [",".join(f"{v:.6g}" for v in row.values()) for row in rows]
-    write_atomically(path, lambda p: p.write_text("\n".join(lines) + "\n"))
 
 
 def prepare_run(config, typed):
@@ -945,34 +915,17 @@ def prepare_run(config, typed):
                                steps=steps), state
 
 
-def read_data(data, config, device):
-    """data(config, device); of torchrun's processes the first of each machine reads first."""
-    if "WORLD_SIZE" not in os.environ:
-        return data(config, device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(hours=12))
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        dist.barrier()
-    read = data(config, device)
-    if first:
-        dist.barrier()
-    return read
-
-
 def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_unet, data=Data):
-    """Train as a resolved Config says, write the run directory, show the result.
-
-    `typed`: names that a --resume must match; `losses`: CapacityManipulation or a subclass;
-    `network(config, num_classes, image_channels)`: a UNet; `data(config, device)`: has what `Data`
-    has. Raises ValueError, and FloatingPointError where the loss isn't finite."""
+    """Train as a resolved Config says, write the run directory, show the result. `typed`: names
+    that a --resume must match; `losses`: CapacityManipulation or a subclass; `network(config,
+    num_classes, image_channels)`: a UNet; `data(config, device)`: has what `Data` has. Raises
+    ValueError, and FloatingPointError where the loss isn't finite."""
     config, state = prepare_run(config, typed)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check(config.batch_size % world == 0, "batch_size", config.batch_size,
-          f"divisible by the {world} processes")
+    check(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of {world}")
     device = pick_device(config.device)
     kind = precision(config, device)
-    data = read_data(data, config, device)
+    data = data(config, device)
     names, counts, out = data.names, data.counts.tolist(), Path(config.out)
     if state and (state["names"], state["counts"]) != (names, counts):
         raise ValueError(f"{out} was trained on other classes, or other counts of them")
@@ -983,39 +936,44 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     ema = copy.deepcopy(unet).eval().requires_grad_(False)  # after what the losses set in it
     if config.compile:  # with eager's random numbers, so that --same-masks can draw masks again
         unet.compile(options={"fallback_random": True})
-    model = nn.parallel.DistributedDataParallel(module) if dist.is_initialized() else module
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    model = nn.parallel.DistributedDataParallel(module) if world > 1 else module
     parameters, ema_parameters = list(unet.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
     # of each class base loss, L_CM, d and samples; last the total loss, the gradient's norm, steps
     sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64, device=device)
     parts = dict(model=unet, ema=ema, optimizer=optimizer, scaler=scaler)
-    step, rows = (state["step"], state["rows"]) if state else (0, [])
-    for name, part in parts.items() if state else ():
-        if state[name]:  # without float16 there is no scale
-            load_weights(part, state[name], out)
-    for p, moments in optimizer.state.items():  # fused Adam wants this device's layout
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.empty_like(p).copy_(moments[name])
-    state = None  # 620 MB for the paper's network
+    step, rows = 0, []
+    if state:
+        step, rows = state["step"], state["rows"]
+        load_weights(parts, state, out)
+        for p, moments in optimizer.state.items():  # fused Adam wants this device's layout
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(p).copy_(moments[name])
+        state = None  # 620 MB for the paper's network
 
-    def save():
-        saved = {name: part.state_dict() for name, part in parts.items()}
-        saved |= dict(config=vars(config), names=names, counts=counts, step=step,
-                      rows=rows)
-        write_atomically(out / "checkpoint.pt", lambda path: torch.save(saved, path))
+    def save(checkpoint=True):
+        lines = [",".join(f"{value:.6g}" for value in row.values()) for row in rows]
+        if rows:
+            text = "\n".join([",".join(rows[0]), *lines, ""])
+            write_atomically(out / "log.csv", lambda path: path.write_text(text))
+        if checkpoint:
+            saved = {name: part.state_dict() for name, part in parts.items()}
+            saved |= dict(config=vars(config), names=names, counts=counts, step=step, rows=rows)
+            write_atomically(out / "checkpoint.pt", lambda path: torch.save(saved, path))
 
     out.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(total=config.steps, initial=step, disable=rank > 0, unit="step", mininterval=1)
+    progress = tqdm(range(step + 1, config.steps + 1), initial=step, total=config.steps,
+                    disable=rank > 0, mininterval=1)
     with locked(out) if rank == 0 else contextlib.nullcontext(), progress:
         if rank == 0:
             begin(config, out, data, ema, rows)
             save()  # so that there always is a checkpoint to go on from
-        while step < config.steps:
-            step += 1
+        for step in progress:
             lr = config.lr * min(1.0, step / max(1, config.warmup))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             x0, y, t, eps, y_in = draw_batch(data, config, config.batch_size // world, step, rank)
             with autocast(kind, device):
                 loss, base, loss_cm, d = model(x0, y, t, eps, y_in)
@@ -1026,25 +984,22 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
             one, ones = torch.ones_like(grad_norm), torch.ones_like(d)
             values = torch.stack([base.detach(), loss_cm.detach(), d, ones], 1)
             sums.index_add_(0, y, values.double())
-            sums[-1] += torch.stack([loss.detach(), grad_norm, one, one]).double()
-            progress.update()
+            sums[-1] += torch.stack([loss.detach(), grad_norm, one, one])
 
             last = step == config.steps
             if not last and step % config.log_every:
                 continue
-            if dist.is_initialized():
+            if world > 1:
                 dist.all_reduce(sums)
-            rows.append(row_of(sums, step, lr, names, counts, out))
+            since = rows[-1]["step"] if rows else 0
+            rows.append(row_of(sums, since, step, lr, names, counts, out))
             sums.zero_()
             progress.set_postfix_str(f"base {rows[-1]['base']:.4f}", refresh=False)
-            if rank == 0:
-                write_log(out / "log.csv", rows)
-            # with a row, never between two, since it holds no sums: the first from a multiple on
-            if rank == 0 and (last or step % config.checkpoint_every < config.log_every):
-                save()
+            if rank == 0:  # a checkpoint holds no sums, so it comes with a row
+                save(checkpoint=last or step % config.checkpoint_every < config.log_every)
         if rank == 0:
             report(ema, data, config, rows, out)
-    if dist.is_initialized():
+    if world > 1:
         dist.destroy_process_group()
 
 
@@ -1052,20 +1007,17 @@ def begin(config, out, data, ema, rows):
     """Write config.json and say what a run trains; remove what an older run left."""
     for name in () if rows else ("log.csv", "merged.pt", "samples.png", "curves.png"):
         (out / name).unlink(missing_ok=True)
-    if rows:
-        write_log(out / "log.csv", rows)
     counts = data.counts.tolist()
-    text = json.dumps(dict(options=vars(config), classes=data.names, counts=counts),
-                      indent=1)
+    text = json.dumps(dict(options=vars(config), classes=data.names, counts=counts), indent=1)
     write_atomically(out / "config.json", lambda path: path.write_text(text))
     size = sum(p.numel() for p in merge(ema).parameters()) / 1e6
     print(f"{config.dataset}: {len(data.images)} images, {len(counts)} classes; {size:.2f} M "
           f"parameters; {data.images.device}; {out}/")
     w = capacity_weights(counts, config.w_con, config.w_div)
-    concave = torch.where(1 + config.lam * w <= 0)[0].tolist()
+    concave = [data.names[k] for k in torch.where(1 + config.lam * w <= 0)[0]]
     if concave and not config.no_cm:  # 2 (1 + lam * w) is the loss's curvature in eps_theta
-        print(f"note: 1 + λw <= 0 for {', '.join(data.names[k] for k in concave[:20])}: there the "
-              f"loss has no minimum in ε_θ either; type a smaller --w-div")
+        print(f"note: 1 + λw <= 0 for {', '.join(concave[:20])}: there the loss has no minimum in "
+              f"ε_θ either; type a smaller --w-div")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1074,10 +1026,9 @@ def begin(config, out, data, ema, rows):
 
 @torch.no_grad()
 def held_out_loss(unet, images, labels, num_classes, per_class=32, times=8):
-    """Per-class held-out loss of a network in eval mode: (eps-loss of theta [C], of theta_g [C],
-    d [C]), float64, nan for classes without images.
-
-    Of the first `per_class` images [N, C, H, W] (uint8) of each class, fixed times and noise."""
+    """(eps-loss of theta, of theta_g, d), each [C] float64, nan for classes without images, of a
+    network in eval mode. Images are uint8 [N, C, H, W]; times, noise and each class's first
+    `per_class` images are fixed."""
     index = torch.cat([torch.where(labels == k)[0][:per_class] for k in range(num_classes)])
     images, labels = images[index], labels[index]
     alpha_bar, generator = make_alpha_bar(images.device), torch.Generator().manual_seed(0)
@@ -1107,19 +1058,15 @@ def report(ema, data, config, rows, out):
                        (*class_weights(counts), *losses), strict=True))
     if config.no_cm:
         del columns["loss θ_g"], columns["d (no dropout)"]
-    labels = {g: f"{g} {data.names[int(g)]}" if g.isdigit() else g for g in groups(counts)}
-    width = max(map(len, labels.values()))
-    header = f"{'class':{width}} {'count':>7}" + "".join(f"{name:>15}" for name in columns)
-    header += "" if config.no_cm else f"{'d (training)':>15}"
-    print(f"\nε-loss on {data.held_out_name}, {per_class} images a class\n{header}")
+    table = {"class": ["count", *columns] + ["d (training)"] * (not config.no_cm)}
     for group, k in groups(counts).items():
-        row = f"{labels[group]:{width}} {int(counts[k].sum()):7d}"
-        row += "".join(f"{float(values[k].nanmean()):15.4g}" for values in columns.values())
-        row += "" if config.no_cm else f"{rows[-1][f'd_{group}']:15.4g}"
-        print("-" * len(header) + "\n" + row if group == "Many" else row)
-    if not config.no_cm:
-        print("d (training) is that of log.csv's last row, under dropout. θ against θ_g shows "
-              "where the expertise\nlies, not whether CM helps: for that, train with --no-cm, too.")
+        label = f"{group} {data.names[int(group)]}" if group.isdigit() else group
+        values = [values[k].nanmean() for values in columns.values()]
+        values += [] if config.no_cm else [rows[-1][f"d_{group}"]]
+        table[label] = [int(counts[k].sum()), *(f"{float(v):.4g}" for v in values)]
+    print(f"\nε-loss on {data.held_out_name}, {per_class} images a class")
+    for label, row in table.items():
+        print(f"{label:{max(map(len, table))}}" + "".join(f"{value:>15}" for value in row))
     draw_samples(ema, data, config, out / "samples.png")
     draw_curves(rows, data, config, out / "curves.png")
     print(f"\npictures, weights and log in {out}/")
@@ -1134,26 +1081,22 @@ def draw_samples(ema, data, config, path, columns=8):
     """A row a class, most frequent first: real images, then theta, theta_g from the same noise."""
     shown = shown_classes(data.counts.cpu())
     y = torch.tensor(shown, device=data.counts.device).repeat_interleave(columns)
-    y_in, guidance = given(config, y, config.guidance)
+    y, guidance = given(config, y, config.guidance)
     seeds = [hashed_seed("image", config.seed, i) for i in range(len(y))]
-    how = f"guidance {guidance:g}" if config.label_drop < 1 else "any class"
-    with general_only(ema):
-        networks = {} if config.no_cm else {"θ_g, without BA": merge(ema)}
+    networks = {"θ": merge(ema)}
+    if not config.no_cm:
+        with general_only(ema):
+            networks["θ_g, without BA"] = merge(ema)
     panels = {"real (training set)": data.first(shown, columns)}
-    for title, unet in ({"θ": merge(ema)} | networks).items():
-        panels[f"{title}, {how}"] = to_uint8(sample(unet, y_in, data.images.shape[1:],
-                                                    guidance=guidance, seeds=seeds))
+    for title, unet in networks.items():
+        x = sample(unet, y, data.images.shape[1:], guidance=guidance, seeds=seeds)
+        panels[f"{title}, guidance {guidance:g}"] = to_uint8(x)
     draw_panels(panels, [f"{data.names[k]}  {int(data.counts[k])}" for k in shown], path)
 
 
-def plain_text(name):
-    """A class's name for matplotlib: $ begins no formula, a leading _ hides nothing."""
-    return " " * name.startswith("_") + name.replace("$", r"\$")
-
-
+@matplotlib.rc_context({"text.parse_math": False})  # names may hold $
 def draw_panels(panels, names, path):
     """{title: uint8 [rows * columns, C, H, W]} side by side; `names` are the rows'."""
-    from matplotlib.figure import Figure
     rows = len(names)
     columns = len(next(iter(panels.values()))) // rows
     side = max(1.6, 0.075 * max(map(len, names)))  # inches
@@ -1164,32 +1107,26 @@ def draw_panels(panels, names, path):
         grid = torchvision.utils.make_grid(images.cpu(), columns, padding=0)  # [3, H, W]
         axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
-    axes[0].set_yticks([(i + 0.5) * images.shape[2] for i in range(rows)],
-                       map(plain_text, names), fontsize=8)
+    axes[0].set_yticks([(i + 0.5) * images.shape[2] for i in range(rows)], names, fontsize=8)
     write_atomically(path, lambda p: figure.savefig(p, dpi=130))
 
 
+@matplotlib.rc_context({"text.parse_math": False})
 def draw_curves(rows, data, config, path):
     """Per-class d and base loss over steps, coloured from the majority to the minority."""
-    import matplotlib
-    from matplotlib.figure import Figure
     shown = shown_classes(data.counts.cpu())
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 1, len(shown)))
+    names = [f"{k} {data.names[k]} ({int(data.counts[k])})" for k in shown]
     kinds = {} if config.no_cm else {"d": "d = ‖ε_θ − ε_θg‖², in training"}
     kinds |= {"base": "base loss"}
     figure = Figure(figsize=(4.6 * len(kinds) + 1.6, 3.4), layout="constrained")
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
-        for k, color in zip(shown, colors, strict=True):
-            axis.plot([row["step"] for row in rows], [row[f"{kind}_{k}"] for row in rows],
-                      lw=1, color=color, marker="." if len(rows) < 3 else "",
-                      label=plain_text(f"{data.names[k]} ({int(data.counts[k])})"))
-        axis.set(title=title, xlabel="step")
-        if any(value > 0 for line in axis.lines for value in line.get_ydata()):
-            axis.set_yscale("log")
+        axis.set_prop_cycle(color=matplotlib.colormaps["viridis"](np.linspace(0, 1, len(shown))))
+        values = [[row[f"{kind}_{k}"] for k in shown] for row in rows]
+        axis.plot([row["step"] for row in rows], values, lw=1, label=names)
+        axis.set(title=title, xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5),
-                    title="class (count)", title_fontsize=7)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     if config.div_margin < math.inf and not config.no_cm:
         axes[0].axhline(config.div_margin, color="k", ls=":", lw=1)
     write_atomically(path, lambda p: figure.savefig(p, dpi=130))
@@ -1199,15 +1136,12 @@ def generate(config, network=make_unet):
     """--sample: write an .npz in ADM's layout, arr_0 uint8 [N, H, W, C] and arr_1 labels, and a
     picture. `network` as `train`'s. Raises ValueError, FloatingPointError on infinite images."""
     trained, ema, counts = load_trained(config.sample, network=network)
-    names = load_checkpoint(config.sample)[0]["names"]
     device = pick_device(config.device)
     kind = precision(config, device)
-    chosen = list(config.labels or range(len(counts)))
+    chosen = config.labels or range(len(counts))
     out = Path(config.out or Path(config.sample).parent / "samples.npz")
-    check(not (config.general_only and trained.no_cm), "general_only", True,
-          "left away where --no-cm was trained: there is no theta_g")
-    check(min(chosen) >= 0 and max(chosen) < len(counts), "labels", config.labels,
-          f"from 0 to {len(counts) - 1}")
+    check(not (config.general_only and trained.no_cm), "general_only", True, "left: no theta_g")
+    check(max(chosen) < len(counts), "labels", config.labels, f"below {len(counts)}")
     check(not config.labels or trained.label_drop < 1, "labels", config.labels,
           "left away where --label-drop 1 was trained")
     check(out.suffix == ".npz" and out.parent.is_dir(), "out", out,
@@ -1219,16 +1153,16 @@ def generate(config, network=make_unet):
     shape = (unet.encoder[0].in_channels, trained.image_size, trained.image_size)
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(config.num_images)])
     y_in, guidance = given(trained, labels, config.guidance)
+    seeds = [hashed_seed("image", config.seed, i) for i in range(len(labels))]
     images = []
-    with tqdm(total=len(labels), unit="image") as progress, autocast(kind, device):
-        for y in y_in.split(config.sample_batch):
-            seeds = [hashed_seed("image", config.seed, progress.n + i) for i in range(len(y))]
-            x = sample(unet, y.to(device), shape, config.sampler, config.sample_steps, guidance,
-                       seeds)
-            if not x.isfinite().all():
-                raise FloatingPointError("images are not finite; nothing was written")
-            images.append(to_uint8(x).cpu())
-            progress.update(len(y))
+    for i in tqdm(range(0, len(labels), config.sample_batch), "sampling"):
+        batch = slice(i, i + config.sample_batch)
+        with autocast(kind, device):
+            x = sample(unet, y_in[batch].to(device), shape, config.sampler, config.sample_steps,
+                       guidance, seeds[batch])
+        if not x.isfinite().all():
+            raise FloatingPointError("images are not finite; nothing was written")
+        images.append(to_uint8(x).cpu())
     images = torch.cat(images)
     arrays = dict(arr_0=images.permute(0, 2, 3, 1).numpy(), counts=np.array(counts),
                   guidance=guidance, sampler=config.sampler,
@@ -1237,8 +1171,9 @@ def generate(config, network=make_unet):
         arrays["arr_1"] = labels.numpy()
     write_atomically(out, lambda p: np.savez(p, **arrays))
 
-    shown = [k for k in shown_classes(counts) if (labels == k).any()]
-    columns = min(8, *(int((labels == k).sum()) for k in shown))
+    names = load_checkpoint(config.sample)[0]["names"]
+    shown = [k for k in shown_classes(counts) if k in labels]
+    columns = max(1, min(8, len(labels) // len(chosen)))
     first = torch.cat([images[labels == k][:columns] for k in shown])
     draw_panels({out.name: first}, [f"{k} {names[k]}" for k in shown], out.with_suffix(".png"))
     print(f"{len(labels)} images of {'theta_g' if config.general_only else 'theta'} in {out}, "
@@ -1250,20 +1185,19 @@ def generate(config, network=make_unet):
 
 PRESETS = {
     "paper": dict(image_size=32, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
-                  dropout=0.1, rank_ratio=0.1, batch_size=64, steps=300_000, lr=2e-4, warmup=5000,
-                  base="oc", log_every=500, checkpoint_every=1000),
+                  batch_size=64, steps=300_000, lr=2e-4, warmup=5000, base="oc", log_every=500,
+                  checkpoint_every=1000),
     "small": dict(image_size=16, channels=16, multipliers=(1, 2, 2), blocks=1, attention=(),
-                  dropout=0.1, rank_ratio=0.1, batch_size=32, steps=4200, lr=3e-3, warmup=None,
-                  base="ddpm", log_every=50, checkpoint_every=500),
-}
+                  batch_size=32, steps=4200, lr=3e-3, warmup=None, base="ddpm", log_every=50,
+                  checkpoint_every=500)}
 DATASETS = {"fashion16": "small", "fashion": "small", "cifar10": "paper", "cifar100": "paper",
             "folder": "paper"}
 
 
-def option(default, help, low=None, below=math.inf, group=None, **extra):
-    """A field, low <= value < below, of `group` or that of the field before; extra: argparse's."""
+def option(default, help, low=None, high=math.inf, group=None, **extra):
+    """A field, low <= value <= high, of `group` or that of the field before; extra: argparse's."""
     option.group = group or option.group
-    metadata = dict(help=help, range=(low, below), group=option.group, extra=extra)
+    metadata = dict(help=help, range=(low, high), group=option.group, extra=extra)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -1275,22 +1209,22 @@ class Config:
     data: str = option(None, "torchvision's root [default: data]; a tree, held-out in TREE/val")
     ir: float = option(None, "imbalance ratio, 1: as it comes [default: 100; folder: 1]", 1)
     n_max: int = option(None, "images in the largest class [default: all, or as the smallest]", 1)
-    subset_seed: int = option(0, "draws a class's images; 0 is the published draw", 0, 2**32)
-    resample: float = option(1.0, "draw classes with p_c ~ N_c^q: 0.5 is RS (Sec. 4.1)", 0, 11)
-    flip: bool = option(None, "horizontal flips [default: off for the fashion data sets]")
+    subset_seed: int = option(0, "draws a class's images; 0 is the published draw", 0, 2**32 - 1)
+    resample: float = option(1.0, "draw classes with p_c ~ N_c^q: 0.5 is RS (Sec. 4.1)", 0, 10)
+    flip: bool = option(None, "horizontal flips [default: off for the fashion data sets]",
+                        action=argparse.BooleanOptionalAction)
 
     preset: str = option(None, "size of network and run [default: small for fashion, else paper]",
                          group="network", choices=list(PRESETS))
     image_size: int = option(None, "side of the square images, in pixels", 1)
     channels: int = option(None, "width of the first level, an even number", 2)
-    multipliers: tuple = option(None, "width of each level over --channels (Fig. 4d)", type=int)
+    multipliers: tuple = option(None, "width of each level over --channels (Fig. 4d)", 1)
     blocks: int = option(None, "residual blocks a level", 1)
-    attention: tuple = option(None, "resolutions with attention, beside the middle", type=int,
-                              nargs="*")
-    dropout: float = option(None, "dropout rate (Sec. G.1)", 0, 1)
+    attention: tuple = option(None, "resolutions with attention, beside the middle", nargs="*")
+    dropout: float = option(0.1, "dropout rate (Sec. G.1)", 0, 1)
 
     no_cm: bool = option(False, "the plain network: no reservation, base loss only", group="method")
-    rank_ratio: float = option(None, "rank of BA over full rank (Eq. 1, Sec. G.1)")
+    rank_ratio: float = option(0.1, "rank of BA over full rank (Eq. 1, Sec. G.1)")
     lam: float = option(1.0, "lambda, weight of L_CM (Eq. 4)", 0)
     w_con: float = option(1.0, "weight of omega_con (Eq. 2); 0: no L_Con (Tab. 7)", 0)
     w_div: float = option(0.2, "weight of omega_div; 1: as printed; 0: no L_Div (Tab. 7)", 0)
@@ -1304,16 +1238,16 @@ class Config:
     batch_size: int = option(None, "images a step, over all processes (Sec. G.1)", 1)
     lr: float = option(None, "Adam's learning rate after warm-up (Sec. G.1)", 0)
     warmup: int = option(None, "steps of linear warm-up [default: paper 5000, small steps/60]", 0)
-    label_drop: float = option(0.1, "share of samples without label; 1: unconditional", 0)
+    label_drop: float = option(0.1, "share of samples without label; 1: unconditional", 0, 1)
     ema: float = option(0.9999, "largest decay of the weights' moving average", 0, 1)
-    seed: int = option(0, "seed of weights, batches and sampling", 0, 2**63)
+    seed: int = option(0, "seed of weights, batches and sampling", 0, 2**63 - 1)
     amp: str = option("auto", "mixed precision on CUDA; off is float32 without TF32",
                       choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the network")
     device: str = option(None, "cpu, cuda, cuda:1, ... [default: cuda if it is there]")
 
-    out: str = option(None, "run directory, or the .npz that --sample writes [default: "
-                      "runs/DATASET; samples.npz beside the checkpoint]", group="run")
+    out: str = option(None, "run directory [default: runs/DATASET]; the .npz that --sample writes",
+                      group="run")
     resume: bool = option(False, "go on from --out's checkpoint; --steps and --device may change")
     overwrite: bool = option(False, "write into a directory, or an .npz, that is there")
     checkpoint_every: int = option(None, "a checkpoint with the first row after as many steps", 1)
@@ -1321,7 +1255,7 @@ class Config:
 
     sample: str = option(None, "generate images from this checkpoint.pt", group="sampling")
     num_images: int = option(50_000, "how many, in equal numbers of each class (Sec. 4.1)", 1)
-    labels: tuple = option(None, "only these classes, by number", type=int)
+    labels: tuple = option(None, "only these classes, by number", 0)
     sampler: str = option("ddim", "DDIM, DDPM or DPM-Solver++ (Tab. G.10)", choices=list(SAMPLERS))
     sample_steps: int = option(None, "sampler steps [default: ddim 50, ddpm 1000, dpm 15]", 1)
     guidance: float = option(1.5, "w in eps_c + w (eps_c - eps_null); 0: off", 0)
@@ -1330,35 +1264,25 @@ class Config:
 
     def resolved(self):
         """A copy with every preset-dependent field filled in. Raises ValueError on nonsense."""
-        config = dataclasses.replace(self, preset=self.preset or DATASETS[self.dataset])
-        preset = PRESETS[config.preset] | dict(
-            ir=1.0 if config.dataset == "folder" else 100.0, out=f"runs/{config.dataset}",
-            flip=config.dataset not in ("fashion16", "fashion"))
+        c = dataclasses.replace(self, preset=self.preset or DATASETS[self.dataset])
+        fashion = c.dataset in ("fashion16", "fashion")
+        preset = dict(ir=1.0 if c.dataset == "folder" else 100.0, out=f"runs/{c.dataset}",
+                      flip=not fashion, **PRESETS[c.preset])
         for name, value in preset.items():
-            if getattr(config, name) is None:
-                setattr(config, name, value)
-        if config.warmup is None:
-            config.warmup = max(1, config.steps // 60)  # as 5,000 of 300,000
-        config.check()
-        return config
-
-    def check(self):
-        """Raises ValueError, one line, on a value that makes no sense."""
-        for field in dataclasses.fields(self):
-            value, low, below = (getattr(self, field.name), *field.metadata["range"])
+            if getattr(c, name) is None:
+                setattr(c, name, value)
+        if c.warmup is None:
+            c.warmup = max(1, c.steps // 60)  # as 5,000 of 300,000
+        for field in dataclasses.fields(c):
+            value, (low, high) = getattr(c, field.name), field.metadata["range"]
             if low is not None and value is not None:
-                under = f" and below {below}" if below < math.inf else ""
-                ok = low <= value < below or value == math.inf and field.name == "div_margin"
-                check(ok, field.name, value, f"at least {low}{under}")
-        check(self.label_drop <= 1, "label_drop", self.label_drop, "in [0, 1]")
-        check(0 < self.rank_ratio <= 1, "rank_ratio", self.rank_ratio, "in (0, 1]")
-        check(self.channels % (2 if self.channels < 128 else 32) == 0, "channels", self.channels,
-              "even, and from 128 on divisible by 32, GroupNorm's groups")
-        check(not (self.resume and self.overwrite), "overwrite", True, "left away with --resume")
-        check(min(self.multipliers) >= 1, "multipliers", self.multipliers, "at least 1 each")
-        stride = 2 ** (len(self.multipliers) - 1)
-        check(self.image_size % stride == 0, "image_size", self.image_size,
-              f"divisible by the network's stride, {stride}")
+                ok = low <= np.min(value) and np.max(value) <= high
+                check(ok, field.name, value, f"in [{low}, {high}]")
+        check(c.channels % 2 == 0, "channels", c.channels, "even")
+        check(not (c.resume and c.overwrite), "overwrite", True, "left away with --resume")
+        stride = 2 ** (len(c.multipliers) - 1)
+        check(c.image_size % stride == 0, "image_size", c.image_size, f"divisible by {stride}")
+        return c
 
 
 def check(ok, name, value, expected):
@@ -1366,60 +1290,45 @@ def check(ok, name, value, expected):
         raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {expected}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line, generated from Config
-
-
 def parse(argv):
-    """(Config, set of the options typed)."""
+    """(Config, set of the options typed). The command line is generated from Config."""
     parser = argparse.ArgumentParser(prog="cm.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
+    kinds = {bool: dict(action="store_true"), tuple: dict(type=int, nargs="+")}
     sections = {}
     for field in dataclasses.fields(Config):
-        group, text, extra = (field.metadata[name] for name in ("group", "help", "extra"))
+        name, group, text = field.name, field.metadata["group"], field.metadata["help"]
         if group not in sections:
             sections[group] = parser.add_argument_group(group)
-        if field.name in PRESETS["paper"] and "[" not in text:
-            values = [f"{name} {preset[field.name]}" for name, preset in PRESETS.items()]
-            text += f" [default: {', '.join(values)}]"
-        elif field.default is not None and field.type is not bool:
-            text += f" [default: {field.default}]"
-        if field.type is bool:
-            both = field.default is None
-            extra = dict(action=argparse.BooleanOptionalAction if both else "store_true")
-        else:
-            extra = dict(type=field.type) | extra
-            if field.type is tuple:
-                extra.setdefault("nargs", "+")
-        flag = "--" + field.name.replace("_", "-")
-        sections[group].add_argument(flag, default=argparse.SUPPRESS, help=text, **extra)
-    typed = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
-    return Config(**typed), set(typed)
+        presets = [f"{key} {preset[name]}" for key, preset in PRESETS.items() if name in preset]
+        default = ", ".join(presets) or field.default
+        if "[" not in text and default not in (None, False):
+            text += f" [default: {default}]"
+        how = kinds.get(field.type, dict(type=field.type)) | field.metadata["extra"]
+        sections[group].add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                                     help=text, **how)
+    args = vars(parser.parse_args(argv))
+    args = {name: tuple(v) if isinstance(v, list) else v for name, v in args.items()}
+    return Config(**args), set(args)
 
 
 def check_used(config, typed):
     """Raises ValueError where an option was typed that the command ignores."""
     sampling = {f.name for f in dataclasses.fields(config) if f.metadata["group"] == "sampling"}
-    ignored, where = typed & sampling, "without --sample"
+    of_cm = {"rank_ratio", "lam", "w_con", "w_div", "div_margin", "same_masks"}
+    ignored = typed & (sampling | of_cm if config.no_cm else sampling)
     if config.sample is not None:
-        shared = {"seed", "amp", "device", "out", "overwrite"}
-        ignored, where = typed - sampling - shared, "with --sample"
-    elif config.no_cm and not ignored:
-        of_cm = {"rank_ratio", "lam", "w_con", "w_div", "div_margin", "same_masks"}
-        ignored, where = typed & of_cm, "with --no-cm"
+        check("WORLD_SIZE" not in os.environ, "sample", config.sample, "typed without torchrun")
+        ignored = typed - sampling - {"seed", "amp", "device", "out", "overwrite"}
     for name in sorted(ignored):
-        raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
-    check(config.out != "", "out", "empty", "a name")
-    if config.sample is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--sample is one process's work; type python instead of torchrun")
+        raise ValueError(f"--{name.replace('_', '-')} has no meaning beside the other options")
 
 
-def fail(message):
-    """One line on stderr, status 2."""
+def fail(message, status=2):
+    """One line on stderr, and the end."""
     print(f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def main(argv=None):
@@ -1437,11 +1346,9 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         fail(e)
     except FloatingPointError as e:
-        sys.exit(f"cm.py: {e}")
+        fail(e, 1)
     except KeyboardInterrupt:
-        print("cm.py: interrupted; with --resume training goes on from its last checkpoint",
-              file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted; with --resume training goes on from its last checkpoint", 130)
 
 
 if __name__ == "__main__":
