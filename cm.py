@@ -7,9 +7,8 @@
     python cm.py --sample runs/fashion16/checkpoint.pt --num-images 1000
     torchrun --nproc-per-node 4 cm.py --dataset cifar100   # several GPUs (--nnodes: machines)
 
-The method comes first: Eq. (1) capacity reservation, Eqs. (3) and (2) the loss, the diffusion
-process, base losses, Eq. (4) and one training step, sampling. Equations, sections and tables are
-the paper's. In [B, C, H, W] C is channels, else classes; labels 0..C-1 are the data set's own.
+The method comes first, then network, data, a run, options. Equations, sections and tables are the
+paper's. In [B, C, H, W] C is channels, else classes; labels 0..C-1 are the data set's own.
 """
 
 import argparse
@@ -25,32 +24,26 @@ import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision import datasets, transforms
+from torchvision import datasets, transforms, utils
 from tqdm import tqdm
 
 T = 1000  # diffusion steps (Sec. G.1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Eq. (1): capacity reservation
-
-
+# ---- Eq. (1): capacity reservation ---------------------------------------------------------------
 class LowRankReserved(nn.Module):
     """A Conv2d or Linear whose weight is W_g + BA, or W_g alone inside `general_only` (Eq. 1).
 
-    `layer` holds W_g and the bias and is called with its weight replaced, so its own forward and
-    hooks go on working. B [d, r] starts at zero, A [r, k] at random, as in LoRA: training starts
-    from the plain layer. Unlike LoRA's, W_g is trained too, and BA has no factor."""
+    `layer`, which holds W_g and the bias, is called with its weight replaced: forward and hooks are
+    its own. B [d, r] starts at zero, A [r, k] at random, as in LoRA; but W_g is trained, too."""
 
     def __init__(self, layer, d, k, rank):
         super().__init__()
@@ -109,8 +102,7 @@ def reserve_capacity(module, rank_ratio=0.1, where=None):
         if owned.count(id(layer.weight)) > 1:  # merged, the two would differ
             raise ValueError(f"{layer}'s weight is another's, too (tied); leave it out by `where`")
         if id(layer) in listed:  # there it would stay without BA
-            raise ValueError(f"a plain list holds {layer}; use nn.ModuleList, or leave it out by "
-                             "`where`")
+            raise ValueError(f"a plain list holds {layer}; use nn.ModuleList or omit it by `where`")
         d, k, rank = matrix_and_rank(layer, rank_ratio)
         if rank < min(d, k):
             reserved[layer] = LowRankReserved(layer, d, k, rank)
@@ -158,15 +150,10 @@ def merge(module):
     return plain
 
 
-# --------------------------------------------------------------------------------------------------
-# Eqs. (3) and (2): class weights and the capacity manipulation loss
-
-
+# ---- Eqs. (3) and (2): class weights and the capacity manipulation loss --------------------------
 def class_weights(counts):
     """(omega_con, omega_div), each [C] float32, of training counts N_c > 0; all 1 if balanced."""
     n = torch.as_tensor(counts, dtype=torch.float64)
-    if n.ndim != 1 or not (n > 0).all():
-        raise ValueError("class weights need one positive count a class")
     omega_con = len(n) * n / n.sum()  # Eq. (3): majority classes agree
     omega_div = len(n) / (n * (1 / n).sum())  # Eq. (3): minority classes differ
     return omega_con.float(), omega_div.float()
@@ -199,10 +186,7 @@ def weigh(d, w, div_margin):
     return torch.where(w >= 0, w * d, w * d.clamp(max=div_margin))  # Eq. (2), with the fuse
 
 
-# --------------------------------------------------------------------------------------------------
-# The diffusion process: one schedule for training and sampling
-
-
+# ---- The diffusion process: one schedule for training and sampling -------------------------------
 def make_alpha_bar(device="cpu"):
     """alpha_bar [T] float64, betas linear from 1e-4 to 0.02 (Sec. G.1)."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -221,16 +205,12 @@ def add_noise(x0, t, eps, alpha_bar):
     return (signal_scale * x0 + noise_scale * eps).to(x0.dtype)
 
 
-# --------------------------------------------------------------------------------------------------
-# Base losses (Sec. D). DDPM's is squared_distance(eps_theta, eps); the others change one thing.
-
-
+# ---- Base losses (Sec. D), Eq. (4) and one training step -----------------------------------------
 @torch.no_grad()
 def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
-    """Oriented Calibration (OC, Zhang et al. 2024): let rare classes learn from frequent ones. Of
-    the batch an x_ref is drawn with probability ~ q(x_t | x_ref); where its class is no rarer than
-    y's, the target [B, C, H, W] points to it, else it is eps. (Eqs. D.2-D.4, with the bar on alpha
-    and the division that OC's published code has)"""
+    """Oriented Calibration (OC, Zhang et al. 2024): x_ref is drawn from the batch, probability ~
+    q(x_t | x_ref); where its class is no rarer than y's, the target [B, C, H, W] points to it, else
+    it is eps. (Eqs. D.2-D.4, with the bar on alpha and the division that OC's code has)"""
     signal_scale, noise_scale = scales(alpha_bar, t, x0)
     # without cdist's matrix product: at small t the exponent multiplies rounding by 10^4
     distance = torch.cdist((x_t / signal_scale).flatten(1), x0.flatten(1),
@@ -244,16 +224,11 @@ def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
 
 
 def cbdm_pull(eps_theta, eps_other, t, y_in):
-    """What Class-Balancing Diffusion (CBDM, Qin et al. 2023) adds to the base loss [B]: predictions
-    for y and another class y' are pulled together. Eq. (D.1) with one y', tau = t / T and
-    gamma = 1/4; nothing where y is dropped."""
+    """What Class-Balancing Diffusion (CBDM, Qin et al. 2023) adds to the base loss [B]: Eq. (D.1)
+    with one other class y', tau = t / T and gamma = 1/4; nothing where y is dropped."""
     pull = squared_distance(eps_theta, eps_other.detach())
     pull = pull + 0.25 * squared_distance(eps_theta.detach(), eps_other)
     return t / T * pull * (y_in >= 0)
-
-
-# --------------------------------------------------------------------------------------------------
-# Eq. (4) and one training step
 
 
 def same_masks(x):
@@ -265,9 +240,8 @@ def same_masks(x):
 class CapacityManipulation(nn.Module):
     """The losses of one batch under a network `unet(x_t, t, y)`. A variation is a subclass of it.
 
-    counts [C]: training images; `base`: "ddpm", "oc", "cbdm" or "focal"; `lam`: lambda; w_con,
-    w_div, div_margin: see above; `same_masks`: theta and theta_g share their dropout masks;
-    `cbdm_prior`: see `other_classes`; `no_cm`: base loss only."""
+    counts [C]: training images; `base`: "ddpm", "oc", "cbdm" or "focal"; `lam`: lambda;
+    `same_masks`: theta and theta_g share their dropout masks; `no_cm`: base loss only."""
 
     def __init__(self, unet, counts, base="ddpm", lam=1.0, w_con=1.0, w_div=0.2, div_margin=0.1,
                  same_masks=False, cbdm_prior="uniform", no_cm=False):
@@ -314,15 +288,13 @@ class CapacityManipulation(nn.Module):
 
     def other_classes(self, y):
         """CBDM's y' [B], maybe y: uniform over classes (Eq. D.1), or by "frequency" as its code."""
-        prior = self.counts.float()
-        if self.cbdm_prior == "uniform":
-            prior = torch.ones_like(prior)
-        return torch.multinomial(prior, len(y), replacement=True)
+        q = 1.0 if self.cbdm_prior == "frequency" else 0.0
+        return torch.multinomial(self.counts.float() ** q, len(y), replacement=True)
 
 
 def update(loss, parameters, ema_parameters, optimizer, scaler, decay):
     """One step down the gradient of `loss` [], clipped to norm 1; then the moving average (EMA) of
-    W_g, A and B each. `scaler` is float16's. -> the gradient's norm before clipping, []."""
+    W_g, A and B each. -> the norm before clipping, []; 0 where float16's `scaler` skips a step."""
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -330,13 +302,10 @@ def update(loss, parameters, ema_parameters, optimizer, scaler, decay):
     scaler.step(optimizer)
     scaler.update()
     get_ema_multi_avg_fn(decay)(ema_parameters, parameters, None)
-    return grad_norm
+    return grad_norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else grad_norm
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling. `predict(x, t)` is eps [B, C, H, W] for x [B, C, H, W] at the time t, an int.
-
-
+# ---- Sampling; `predict(x, t)` is eps [B, C, H, W] at the time t, an int -------------------------
 def steps_of(alpha_bar, times):
     """(t, alpha_bar at t, alpha_bar at the next time) for each of `times`; the last goes to 1."""
     a = [alpha_bar[t] for t in times] + [1.0]
@@ -390,8 +359,8 @@ def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0,
     labels [B] (-1: none); image_shape (C, H, W); seeds: one int an image, so that the batch size
     doesn't matter; guidance w: eps_c + w (eps_c - eps_null), classifier-free. Raises ValueError."""
     draw, usual = SAMPLERS[sampler]
-    steps, most = usual if steps is None else steps, T - (sampler == "dpm")  # no time twice
-    check(1 <= steps <= most, "sample_steps", steps, f"1 to {most} with {sampler}")
+    most = T - (sampler == "dpm")  # no time twice
+    check(steps is None or 1 <= steps <= most, "sample_steps", steps, f"1 to {most} with {sampler}")
     alpha_bar = make_alpha_bar().tolist()
     seeds = range(len(labels)) if seeds is None else seeds
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
@@ -408,15 +377,12 @@ def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0,
         return eps
 
     more = [noise] if sampler == "ddpm" else []
-    x = draw(predict, noise(), alpha_bar, steps, *more)
+    x = draw(predict, noise(), alpha_bar, steps or usual, *more)
     x = torch.where(x.isfinite(), x, torch.nan)  # clamp would make of inf a pixel like any other
     return x.clamp(-1, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Network: the DDPM UNet of the code that the paper builds on
-
-
+# ---- Network: the DDPM UNet of the code that the paper builds on ---------------------------------
 def initialised(layer, gain=1.0):
     nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
@@ -476,8 +442,7 @@ class UNet(nn.Module):
         self.label_embedding = nn.Embedding(num_classes, emb_dim)
 
         block = functools.partial(ResBlock, emb_dim=emb_dim, dropout=dropout)
-        levels = [(channels * multiplier, image_size >> level in attention)
-                  for level, multiplier in enumerate(multipliers)]
+        levels = [(channels * m, image_size >> i in attention) for i, m in enumerate(multipliers)]
 
         self.encoder = nn.ModuleList([conv(image_channels, channels)])
         widths = [channels]  # of the encoder's outputs; the decoder takes them from the last on
@@ -488,9 +453,7 @@ class UNet(nn.Module):
             for _ in range(blocks):
                 self.encoder.append(block(widths[-1], width, attends))
                 widths.append(width)
-
         self.middle = nn.ModuleList([block(width, width, True), block(width, width, False)])
-
         self.decoder = nn.ModuleList()
         for level, (out, attends) in reversed(list(enumerate(levels))):
             for _ in range(blocks + 1):
@@ -535,19 +498,17 @@ def make_unet(config, num_classes, image_channels):
     unet = UNet(num_classes, image_channels, config.image_size, config.channels,
                 config.multipliers, config.blocks, config.attention, config.dropout)
     if not config.no_cm:
-        last = unet.decoder[-1][-1]
-        reserve_capacity(unet.decoder, config.rank_ratio, where=lambda layer: (
-            layer is not last and layer.weight.shape[2:] == (3, 3)))
+        blocks = unet.decoder[:-1]  # not the last convolution
+        reserve_capacity(blocks, config.rank_ratio, where=lambda m: m.weight.shape[2:] == (3, 3))
     return unet
 
 
-# --------------------------------------------------------------------------------------------------
-# Data: the long-tailed split everyone uses, and one uint8 tensor on the device
+# ---- Data: the long-tailed split everyone uses, and one uint8 tensor on the device ---------------
+FASHION16 = Path(__file__).with_name("assets") / "fashion16.npz"  # experiments/make_fashion16.py
 
 
 def class_counts(n_max, ir, num_classes):
-    """Training images a class, N_c = int(n_max * ir^(-c/(C-1))) (Cao et al. 2019), C ints. Raises
-    ValueError if a class would be empty."""
+    """N_c = int(n_max * ir^(-c/(C-1))), C ints (Cao et al. 2019). Raises ValueError if one is 0."""
     counts = [int(n_max * (1 / ir) ** (c / (num_classes - 1.0))) for c in range(num_classes)]
     check(counts[-1] > 0, "ir", ir, "smaller: it leaves the smallest class empty")
     return counts
@@ -581,37 +542,30 @@ def splits(counts):
     return {"Many": order[:third], "Medium": order[third:2 * third], "Few": order[2 * third:]}
 
 
-FASHION16 = Path(__file__).with_name("assets") / "fashion16.npz"  # experiments/make_fashion16.py
-
-
 def read_image(file):
     """An image file as a PIL image of mode RGB: upright by its EXIF, 16 bits rounded to 8, floats
     in [0, 1] times 255, transparency dropped as PIL does (no background). Raises ValueError."""
-    try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # PIL would clip these at 255
-                levels, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
-                if not (levels.min() >= 0 and levels.max() <= top):
-                    raise ValueError(f"its values aren't in [0, {top}]")
-                image = Image.fromarray(np.rint(255 / top * levels).astype(np.uint8))
-            return image.convert("RGB")
-    except Exception as e:  # PIL has many kinds
-        raise ValueError(f"{file} can't be read as an image ({e})") from None
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # PIL would clip these at 255
+            levels, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
+            if not (levels.min() >= 0 and levels.max() <= top):
+                raise ValueError(f"its values aren't in [0, {top}]")
+            image = Image.fromarray(np.rint(255 / top * levels).astype(np.uint8))
+        return image.convert("RGB")
 
 
 def read_images(files, prepare=np.asarray):
-    """uint8 [N, H, W, 3] of image files of one size, made of PIL images by `prepare`. Raises
-    ValueError, which names up to five files that can't be read."""
+    """uint8 [N, H, W, 3] of image files by `prepare`. Raises ValueError, naming five at most."""
     def decode(file):
         try:
             return prepare(read_image(file))
-        except ValueError as e:
-            return e
+        except Exception as e:  # PIL has many kinds
+            return f"{file} can't be read as an image ({e})"
 
     with ThreadPool() as pool:  # PIL decodes outside the interpreter's lock
         images = list(tqdm(pool.imap(decode, files, 64), "decoding", len(files)))
-    wrong = [str(image) for image in images if isinstance(image, ValueError)]
+    wrong = [image for image in images if isinstance(image, str)]
     if wrong:
         raise ValueError("; ".join(wrong[:5]) + f" (of {len(wrong)})" * (len(wrong) > 5))
     return np.stack(images)
@@ -653,8 +607,7 @@ def class_folders(root):
         odd = {name for name in names if name.lower() in parts} - {"train"}
     if odd or len(names) < 2:
         what = ", ".join(sorted(odd)) or "fewer than two folders"
-        raise ValueError(f"{root if odd else tree} holds {what}: it must hold a folder a class, or "
-                         f"all of them in train, and held-out images in val")
+        raise ValueError(f"{root} holds {what}: it must hold a folder a class, or train and val")
     return tree, names
 
 
@@ -722,10 +675,9 @@ class Data:
         self.starts = self.counts.cumsum(0) - self.counts
         held_out, held_out_labels, _ = load_dataset(*options, train=False)
         self.held_out, self.held_out_labels = on_device(held_out, held_out_labels, device)
-        self.held_out_name = "held-out"
-        if len(held_out) == 0:
+        self.held_out_name = "held-out" if len(held_out) else "TRAINING images"
+        if not len(held_out):
             self.held_out, self.held_out_labels = self.images, self.labels
-            self.held_out_name = "TRAINING images"
 
     def batch(self, size, resample=1.0, flip=True):
         """`size` images in [-1, 1], their labels: with replacement, classes p_c ~ N_c^resample."""
@@ -733,8 +685,7 @@ class Data:
         index = self.starts[y] + torch.randint(2**62, (size,), device=y.device) % self.counts[y]
         x = to_float(self.images[index])
         if flip:
-            flipped = torch.rand(size, 1, 1, 1, device=x.device) < 0.5
-            x = torch.where(flipped, x.flip(3), x)
+            x = torch.where(torch.rand(size, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
         return x, y
 
     def first(self, classes, columns):
@@ -751,10 +702,7 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training loop
-
-
+# ---- Training loop -------------------------------------------------------------------------------
 def hashed_seed(purpose, *numbers):
     """One integer for `manual_seed`, from a purpose (at most 8 letters) and ints in [0, 2^63).
     PyTorch's CPU generators keep its low 32 bits: sums would meet, hashes do by chance alone."""
@@ -777,10 +725,9 @@ def draw_batch(data, config, size, step, rank=0):
 
 def pick_device(name=None):
     """--device, by default the GPU if there is one, torchrun's LOCAL_RANK. Raises ValueError."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = {None: gpu if torch.cuda.is_available() else "cpu", "cuda": gpu}.get(name, name)
     check(name.split(":")[0] in ("cpu", "cuda"), "device", name, "cpu, cuda or cuda:N")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -791,27 +738,23 @@ def pick_device(name=None):
 
 
 def lay_out(unet, device):
-    """The network on its device, on the CPU channels-last (not 1x1 kernels: DDP would warn)."""
+    """The network on its device, on the CPU channels-last, where that makes a difference."""
     unet = unet.to(device)
     for p in unet.parameters():
-        if device.type == "cpu" and p.ndim == 4 and p.shape[2:].numel() > 1:
+        if device.type == "cpu" and p.ndim == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
     return unet
 
 
 def precision(config, device):
-    """--amp on this device: "bf16", "fp16", or "off", float32 without cuDNN's default, TF32."""
+    """The context of --amp on this device; what isn't half as wide is float32, never TF32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    if device.type != "cuda":
-        check(config.amp in ("auto", "off"), "amp", config.amp, "left away without a GPU")
-        return "off"
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return ("bf16" if bf16 else "fp16") if config.amp == "auto" else config.amp
-
-
-def autocast(kind, device):
+    kind, gpu = config.amp, device.type == "cuda"
+    check(gpu or kind in ("auto", "off"), "amp", kind, "left away without a GPU")
+    if gpu and kind == "auto" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        kind = "fp16"
     dtype = torch.float16 if kind == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=kind != "off")
+    return torch.autocast(device.type, dtype, enabled=gpu and kind != "off")
 
 
 def write_atomically(path, write):
@@ -860,8 +803,7 @@ def load_weights(parts, state, path):
 
 def load_trained(path, weights="ema", network=make_unet):
     """(configuration, network in eval mode with W_g, A and B still apart, class counts) of a
-    checkpoint.pt; weights "ema", or "model" for those that the next step would train; `network` is
-    that of `train`. Raises ValueError."""
+    checkpoint.pt, whose weights are "ema" or "model"; `network` as `train`'s. Raises ValueError."""
     state, config = load_checkpoint(path)
     unet = network(config, len(state["counts"]), state["ema"]["encoder.0.weight"].shape[1])
     load_weights({weights: unet}, state, path)
@@ -881,8 +823,7 @@ def groups(counts):
 
 
 def row_of(sums, since, step, lr, names, counts, out):
-    """A row of log.csv, means since the last one, of `train`'s sums (nan: none drawn). Raises
-    FloatingPointError where a step wasn't finite."""
+    """A row of log.csv, means of `train`'s sums. Raises FloatingPointError if one isn't finite."""
     by_class, (loss, grad_norm, steps, _) = sums[:-1].cpu(), sums[-1].tolist()
     if not sums.isfinite().all():
         odd = [names[k] for k in torch.where(~by_class.isfinite().all(1))[0].tolist()[:20]]
@@ -906,25 +847,24 @@ def prepare_run(config, typed):
             raise ValueError(f"{out} is in use; type --resume, --overwrite or another --out")
         return config, None
     state, saved = load_checkpoint(out / "checkpoint.pt")
-    for name in sorted(typed - {"steps", "out", "resume", "device"}):
-        check(getattr(config, name) == getattr(saved, name), name, getattr(config, name),
-              f"{getattr(saved, name)}, as {out} was made; only --steps and --device may change")
-    steps = config.steps if "steps" in typed else saved.steps
-    check(steps >= state["step"], "steps", steps, f"at least {state['step']}, where {out} is")
-    return dataclasses.replace(saved, resume=True, out=config.out, device=config.device,
-                               steps=steps), state
+    may_change = {"out", "resume", "device"} | typed & {"steps"}
+    run = dataclasses.replace(saved, **{name: getattr(config, name) for name in may_change})
+    for name in sorted(typed):
+        check(getattr(config, name) == getattr(run, name), name, getattr(config, name),
+              f"{getattr(run, name)}, as {out} was made; only --steps and --device may change")
+    check(run.steps >= state["step"], "steps", run.steps, f"at least {state['step']}, as {out} has")
+    return run, state
 
 
 def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_unet, data=Data):
-    """Train as a resolved Config says, write the run directory, show the result. `typed`: names
-    that a --resume must match; `losses`: CapacityManipulation or a subclass; `network(config,
-    num_classes, image_channels)`: a UNet; `data(config, device)`: has what `Data` has. Raises
-    ValueError, and FloatingPointError where the loss isn't finite."""
+    """Train as a resolved Config says, in its run directory. `typed`: what a --resume must match;
+    `losses`: CapacityManipulation or a subclass; `network(config, num_classes, image_channels)`: a
+    UNet; `data(config, device)`: like `Data`. Raises ValueError, FloatingPointError."""
     config, state = prepare_run(config, typed)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of {world}")
     device = pick_device(config.device)
-    kind = precision(config, device)
+    autocast = precision(config, device)
     data = data(config, device)
     names, counts, out = data.names, data.counts.tolist(), Path(config.out)
     if state and (state["names"], state["counts"]) != (names, counts):
@@ -941,32 +881,27 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     model = nn.parallel.DistributedDataParallel(module) if world > 1 else module
     parameters, ema_parameters = list(unet.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast.fast_dtype == torch.float16)
     # of each class base loss, L_CM, d and samples; last the total loss, the gradient's norm, steps
     sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64, device=device)
     parts = dict(model=unet, ema=ema, optimizer=optimizer, scaler=scaler)
-    step, rows = 0, []
+    step, rows = (state["step"], state["rows"]) if state else (0, [])
     if state:
-        step, rows = state["step"], state["rows"]
         load_weights(parts, state, out)
         for p, moments in optimizer.state.items():  # fused Adam wants this device's layout
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = torch.empty_like(p).copy_(moments[name])
-        state = None  # 620 MB for the paper's network
+            moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items() if k != "step"}
 
     def save(checkpoint=True):
-        lines = [",".join(f"{value:.6g}" for value in row.values()) for row in rows]
         if rows:
-            text = "\n".join([",".join(rows[0]), *lines, ""])
-            write_atomically(out / "log.csv", lambda path: path.write_text(text))
+            lines = [",".join(rows[0]), *(",".join(f"{v:.6g}" for v in r.values()) for r in rows)]
+            write_atomically(out / "log.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
         if checkpoint:
             saved = {name: part.state_dict() for name, part in parts.items()}
             saved |= dict(config=vars(config), names=names, counts=counts, step=step, rows=rows)
             write_atomically(out / "checkpoint.pt", lambda path: torch.save(saved, path))
 
     out.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(range(step + 1, config.steps + 1), initial=step, total=config.steps,
-                    disable=rank > 0, mininterval=1)
+    progress = tqdm(range(step + 1, config.steps + 1), disable=rank > 0, mininterval=1)
     with locked(out) if rank == 0 else contextlib.nullcontext(), progress:
         if rank == 0:
             begin(config, out, data, ema, rows)
@@ -975,28 +910,23 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
             lr = config.lr * min(1.0, step / max(1, config.warmup))
             optimizer.param_groups[0]["lr"] = lr
             x0, y, t, eps, y_in = draw_batch(data, config, config.batch_size // world, step, rank)
-            with autocast(kind, device):
+            with autocast:
                 loss, base, loss_cm, d = model(x0, y, t, eps, y_in)
             decay = min(config.ema, (1 + step) / (10 + step))  # short runs forget their start, too
             grad_norm = update(loss, parameters, ema_parameters, optimizer, scaler, decay)
-            if scaler.is_enabled():  # it skips a step whose gradient isn't finite
-                grad_norm = grad_norm.nan_to_num(0, 0, 0)
-            one, ones = torch.ones_like(grad_norm), torch.ones_like(d)
-            values = torch.stack([base.detach(), loss_cm.detach(), d, ones], 1)
+            values = torch.stack([base.detach(), loss_cm.detach(), d, torch.ones_like(d)], 1)
             sums.index_add_(0, y, values.double())
-            sums[-1] += torch.stack([loss.detach(), grad_norm, one, one])
+            sums[-1, :3] += torch.stack([loss.detach(), grad_norm, torch.ones_like(grad_norm)])
 
-            last = step == config.steps
-            if not last and step % config.log_every:
+            if step % config.log_every and step < config.steps:
                 continue
             if world > 1:
                 dist.all_reduce(sums)
             since = rows[-1]["step"] if rows else 0
             rows.append(row_of(sums, since, step, lr, names, counts, out))
             sums.zero_()
-            progress.set_postfix_str(f"base {rows[-1]['base']:.4f}", refresh=False)
             if rank == 0:  # a checkpoint holds no sums, so it comes with a row
-                save(checkpoint=last or step % config.checkpoint_every < config.log_every)
+                save(step == config.steps or step % config.checkpoint_every < config.log_every)
         if rank == 0:
             report(ema, data, config, rows, out)
     if world > 1:
@@ -1007,10 +937,9 @@ def begin(config, out, data, ema, rows):
     """Write config.json and say what a run trains; remove what an older run left."""
     for name in () if rows else ("log.csv", "merged.pt", "samples.png", "curves.png"):
         (out / name).unlink(missing_ok=True)
-    counts = data.counts.tolist()
+    counts, size = data.counts.tolist(), sum(p.numel() for p in merge(ema).parameters()) / 1e6
     text = json.dumps(dict(options=vars(config), classes=data.names, counts=counts), indent=1)
     write_atomically(out / "config.json", lambda path: path.write_text(text))
-    size = sum(p.numel() for p in merge(ema).parameters()) / 1e6
     print(f"{config.dataset}: {len(data.images)} images, {len(counts)} classes; {size:.2f} M "
           f"parameters; {data.images.device}; {out}/")
     w = capacity_weights(counts, config.w_con, config.w_div)
@@ -1020,15 +949,11 @@ def begin(config, out, data, ema, rows):
               f"ε_θ either; type a smaller --w-div")
 
 
-# --------------------------------------------------------------------------------------------------
-# The end of a run: held-out table and pictures; --sample
-
-
+# ---- The end of a run: held-out table and pictures; --sample -------------------------------------
 @torch.no_grad()
 def held_out_loss(unet, images, labels, num_classes, per_class=32, times=8):
-    """(eps-loss of theta, of theta_g, d), each [C] float64, nan for classes without images, of a
-    network in eval mode. Images are uint8 [N, C, H, W]; times, noise and each class's first
-    `per_class` images are fixed."""
+    """(eps-loss of theta, of theta_g, d), [C] float64, nan without images, of a network in eval
+    mode: each class's first `per_class` images (uint8 [N, C, H, W]), fixed times and noise."""
     index = torch.cat([torch.where(labels == k)[0][:per_class] for k in range(num_classes)])
     images, labels = images[index], labels[index]
     alpha_bar, generator = make_alpha_bar(images.device), torch.Generator().manual_seed(0)
@@ -1042,9 +967,8 @@ def held_out_loss(unet, images, labels, num_classes, per_class=32, times=8):
             with general_only(unet):
                 eps_theta_g = unet(x_t, t, y)
             pairs = (eps_theta, eps), (eps_theta_g, eps), (eps_theta, eps_theta_g)
-            values = [squared_distance(a, b) for a, b in pairs]
-            values = torch.stack([*values, torch.ones_like(values[0])])
-            sums.index_add_(1, y.cpu(), values.double().cpu())
+            values = [squared_distance(a, b) for a, b in pairs] + [torch.ones_like(t)]
+            sums.index_add_(1, y.cpu(), torch.stack(values).double().cpu())
     return tuple(sums[:3] / sums[3])
 
 
@@ -1054,34 +978,27 @@ def report(ema, data, config, rows, out):
     counts = data.counts.cpu()
     per_class = max(1, min(32, 2000 // len(counts)))
     losses = held_out_loss(ema, data.held_out, data.held_out_labels, len(counts), per_class)
-    columns = dict(zip(("ω_Con", "ω_Div", "loss θ", "loss θ_g", "d (no dropout)"),
-                       (*class_weights(counts), *losses), strict=True))
-    if config.no_cm:
-        del columns["loss θ_g"], columns["d (no dropout)"]
-    table = {"class": ["count", *columns] + ["d (training)"] * (not config.no_cm)}
+    columns = "count", "ω_Con", "ω_Div", "loss θ", "loss θ_g", "d (no dropout)", "d (training)"
+    shown, table = 4 if config.no_cm else 7, {"class": columns}
     for group, k in groups(counts).items():
         label = f"{group} {data.names[int(group)]}" if group.isdigit() else group
-        values = [values[k].nanmean() for values in columns.values()]
-        values += [] if config.no_cm else [rows[-1][f"d_{group}"]]
-        table[label] = [int(counts[k].sum()), *(f"{float(v):.4g}" for v in values)]
+        values = [float(v[k].nanmean()) for v in (*class_weights(counts), *losses)]
+        values = (f"{v:.4g}" for v in (*values, rows[-1][f"d_{group}"]))
+        table[label] = int(counts[k].sum()), *values
     print(f"\nε-loss on {data.held_out_name}, {per_class} images a class")
     for label, row in table.items():
-        print(f"{label:{max(map(len, table))}}" + "".join(f"{value:>15}" for value in row))
+        print(f"{label:{max(map(len, table))}}" + "".join(f"{v:>15}" for v in row[:shown]))
     draw_samples(ema, data, config, out / "samples.png")
     draw_curves(rows, data, config, out / "curves.png")
-    print(f"\npictures, weights and log in {out}/")
-
-
-def given(config, y, guidance):
-    """Labels and guidance as a network gets them: none where it was trained without labels."""
-    return (y, guidance) if config.label_drop < 1 else (torch.full_like(y, -1), 0.0)
 
 
 def draw_samples(ema, data, config, path, columns=8):
     """A row a class, most frequent first: real images, then theta, theta_g from the same noise."""
     shown = shown_classes(data.counts.cpu())
     y = torch.tensor(shown, device=data.counts.device).repeat_interleave(columns)
-    y, guidance = given(config, y, config.guidance)
+    guidance = config.guidance
+    if config.label_drop == 1:  # trained without labels
+        y, guidance = torch.full_like(y, -1), 0.0
     seeds = [hashed_seed("image", config.seed, i) for i in range(len(y))]
     networks = {"θ": merge(ema)}
     if not config.no_cm:
@@ -1100,11 +1017,11 @@ def draw_panels(panels, names, path):
     rows = len(names)
     columns = len(next(iter(panels.values()))) // rows
     side = max(1.6, 0.075 * max(map(len, names)))  # inches
-    figure = Figure(figsize=(side + 0.42 * columns * len(panels), 0.42 * rows + 0.7),
-                    layout="constrained")
+    size = side + 0.42 * columns * len(panels), 0.42 * rows + 0.7
+    figure = matplotlib.figure.Figure(size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
-        grid = torchvision.utils.make_grid(images.cpu(), columns, padding=0)  # [3, H, W]
+        grid = utils.make_grid(images.cpu(), columns, padding=0)  # [3, H, W]
         axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
     axes[0].set_yticks([(i + 0.5) * images.shape[2] for i in range(rows)], names, fontsize=8)
@@ -1118,7 +1035,7 @@ def draw_curves(rows, data, config, path):
     names = [f"{k} {data.names[k]} ({int(data.counts[k])})" for k in shown]
     kinds = {} if config.no_cm else {"d": "d = ‖ε_θ − ε_θg‖², in training"}
     kinds |= {"base": "base loss"}
-    figure = Figure(figsize=(4.6 * len(kinds) + 1.6, 3.4), layout="constrained")
+    figure = matplotlib.figure.Figure((4.6 * len(kinds) + 1.6, 3.4), layout="constrained")
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
         axis.set_prop_cycle(color=matplotlib.colormaps["viridis"](np.linspace(0, 1, len(shown))))
@@ -1137,38 +1054,35 @@ def generate(config, network=make_unet):
     picture. `network` as `train`'s. Raises ValueError, FloatingPointError on infinite images."""
     trained, ema, counts = load_trained(config.sample, network=network)
     device = pick_device(config.device)
-    kind = precision(config, device)
-    chosen = config.labels or range(len(counts))
-    out = Path(config.out or Path(config.sample).parent / "samples.npz")
-    check(not (config.general_only and trained.no_cm), "general_only", True, "left: no theta_g")
-    check(max(chosen) < len(counts), "labels", config.labels, f"below {len(counts)}")
-    check(not config.labels or trained.label_drop < 1, "labels", config.labels,
-          "left away where --label-drop 1 was trained")
-    check(out.suffix == ".npz" and out.parent.is_dir(), "out", out,
-          "a name that ends in .npz, in a directory that exists, with --sample")
+    autocast = precision(config, device)
+    chosen, general = config.labels or range(len(counts)), config.general_only
+    out = Path(config.out or Path(config.sample).with_name("samples.npz"))
+    check(not (general and trained.no_cm), "general_only", True, "left away: there is no theta_g")
+    check(not config.labels or trained.label_drop < 1, "labels", chosen, "left away: it knows none")
+    check(max(chosen) < len(counts), "labels", chosen, f"below {len(counts)}")
+    check(out.suffix == ".npz" and out.parent.is_dir(), "out", out, "an .npz in a directory")
     check(config.overwrite or not out.exists(), "out", out, "new, without --overwrite")
 
-    with general_only(ema) if config.general_only else contextlib.nullcontext():
+    with general_only(ema) if general else contextlib.nullcontext():
         unet = lay_out(merge(ema), device)
     shape = (unet.encoder[0].in_channels, trained.image_size, trained.image_size)
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(config.num_images)])
-    y_in, guidance = given(trained, labels, config.guidance)
+    y_in, guidance, arrays = labels, config.guidance, {"arr_1": labels.numpy()}
+    if trained.label_drop == 1:  # trained without labels
+        y_in, guidance, arrays = torch.full_like(labels, -1), 0.0, {}
     seeds = [hashed_seed("image", config.seed, i) for i in range(len(labels))]
-    images = []
+    images, steps = [], config.sample_steps or SAMPLERS[config.sampler][1]
     for i in tqdm(range(0, len(labels), config.sample_batch), "sampling"):
         batch = slice(i, i + config.sample_batch)
-        with autocast(kind, device):
-            x = sample(unet, y_in[batch].to(device), shape, config.sampler, config.sample_steps,
-                       guidance, seeds[batch])
+        with autocast:
+            x = sample(unet, y_in[batch].to(device), shape, config.sampler, steps, guidance,
+                       seeds[batch])
         if not x.isfinite().all():
             raise FloatingPointError("images are not finite; nothing was written")
         images.append(to_uint8(x).cpu())
     images = torch.cat(images)
-    arrays = dict(arr_0=images.permute(0, 2, 3, 1).numpy(), counts=np.array(counts),
-                  guidance=guidance, sampler=config.sampler,
-                  sample_steps=config.sample_steps or SAMPLERS[config.sampler][1])
-    if trained.label_drop < 1:  # an unconditional image has no label
-        arrays["arr_1"] = labels.numpy()
+    arrays |= dict(arr_0=images.permute(0, 2, 3, 1).numpy(), counts=np.array(counts),
+                   guidance=guidance, sampler=config.sampler, sample_steps=steps)
     write_atomically(out, lambda p: np.savez(p, **arrays))
 
     names = load_checkpoint(config.sample)[0]["names"]
@@ -1176,22 +1090,16 @@ def generate(config, network=make_unet):
     columns = max(1, min(8, len(labels) // len(chosen)))
     first = torch.cat([images[labels == k][:columns] for k in shown])
     draw_panels({out.name: first}, [f"{k} {names[k]}" for k in shown], out.with_suffix(".png"))
-    print(f"{len(labels)} images of {'theta_g' if config.general_only else 'theta'} in {out}, "
-          f"the first of each class in {out.with_suffix('.png')}")
+    print(f"{len(labels)} images of {'theta_g' if general else 'theta'} in {out}, {out.stem}.png")
 
 
-# --------------------------------------------------------------------------------------------------
-# Options: one field, one flag. `None` means "the preset's value", or what [default: ...] says.
-
+# ---- Options: one field, one flag; None is the preset's value, or what [default: ...] says -------
 PRESETS = {
     "paper": dict(image_size=32, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
-                  batch_size=64, steps=300_000, lr=2e-4, warmup=5000, base="oc", log_every=500,
-                  checkpoint_every=1000),
+                  batch_size=64, steps=300_000, lr=2e-4, warmup=5000, base="oc", log_every=500),
     "small": dict(image_size=16, channels=16, multipliers=(1, 2, 2), blocks=1, attention=(),
-                  batch_size=32, steps=4200, lr=3e-3, warmup=None, base="ddpm", log_every=50,
-                  checkpoint_every=500)}
-DATASETS = {"fashion16": "small", "fashion": "small", "cifar10": "paper", "cifar100": "paper",
-            "folder": "paper"}
+                  batch_size=32, steps=4200, lr=3e-3, warmup=None, base="ddpm", log_every=50)}
+DATASETS = "fashion16", "fashion", "cifar10", "cifar100", "folder"
 
 
 def option(default, help, low=None, high=math.inf, group=None, **extra):
@@ -1231,8 +1139,7 @@ class Config:
     div_margin: float = option(0.1, "fuse, the d up to which divergence counts; inf: none", 0)
     same_masks: bool = option(False, "one dropout mask for theta and theta_g: capacity alone")
     base: str = option(None, "base loss (Sec. 3.2, D)", choices=["oc", "ddpm", "cbdm", "focal"])
-    cbdm_prior: str = option("uniform", "CBDM's y': as Eq. (D.1), or its code's",
-                             choices=["uniform", "frequency"])
+    cbdm_prior: str = option("uniform", "draws CBDM's y' (D.1)", choices=["uniform", "frequency"])
 
     steps: int = option(None, "training steps (Sec. G.1)", 1, group="training")
     batch_size: int = option(None, "images a step, over all processes (Sec. G.1)", 1)
@@ -1241,16 +1148,14 @@ class Config:
     label_drop: float = option(0.1, "share of samples without label; 1: unconditional", 0, 1)
     ema: float = option(0.9999, "largest decay of the weights' moving average", 0, 1)
     seed: int = option(0, "seed of weights, batches and sampling", 0, 2**63 - 1)
-    amp: str = option("auto", "mixed precision on CUDA; off is float32 without TF32",
-                      choices=["auto", "bf16", "fp16", "off"])
+    amp: str = option("auto", "mixed precision on CUDA", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the network")
     device: str = option(None, "cpu, cuda, cuda:1, ... [default: cuda if it is there]")
 
-    out: str = option(None, "run directory [default: runs/DATASET]; the .npz that --sample writes",
-                      group="run")
+    out: str = option(None, "run directory [default: runs/DATASET], --sample's .npz", group="run")
     resume: bool = option(False, "go on from --out's checkpoint; --steps and --device may change")
     overwrite: bool = option(False, "write into a directory, or an .npz, that is there")
-    checkpoint_every: int = option(None, "a checkpoint with the first row after as many steps", 1)
+    checkpoint_every: int = option(500, "a checkpoint with the first row after as many steps", 1)
     log_every: int = option(None, "steps between rows of log.csv", 1)
 
     sample: str = option(None, "generate images from this checkpoint.pt", group="sampling")
@@ -1264,20 +1169,18 @@ class Config:
 
     def resolved(self):
         """A copy with every preset-dependent field filled in. Raises ValueError on nonsense."""
-        c = dataclasses.replace(self, preset=self.preset or DATASETS[self.dataset])
-        fashion = c.dataset in ("fashion16", "fashion")
+        c, fashion = dataclasses.replace(self), self.dataset in ("fashion16", "fashion")
+        c.preset = c.preset or ("small" if fashion else "paper")
         preset = dict(ir=1.0 if c.dataset == "folder" else 100.0, out=f"runs/{c.dataset}",
                       flip=not fashion, **PRESETS[c.preset])
         for name, value in preset.items():
             if getattr(c, name) is None:
                 setattr(c, name, value)
-        if c.warmup is None:
-            c.warmup = max(1, c.steps // 60)  # as 5,000 of 300,000
+        c.warmup = max(1, c.steps // 60) if c.warmup is None else c.warmup  # as 5,000 of 300,000
         for field in dataclasses.fields(c):
-            value, (low, high) = getattr(c, field.name), field.metadata["range"]
-            if low is not None and value is not None:
-                ok = low <= np.min(value) and np.max(value) <= high
-                check(ok, field.name, value, f"in [{low}, {high}]")
+            v, (low, high) = getattr(c, field.name), field.metadata["range"]
+            if low is not None and v is not None:
+                check(low <= np.min(v) <= np.max(v) <= high, field.name, v, f"in [{low}, {high}]")
         check(c.channels % 2 == 0, "channels", c.channels, "even")
         check(not (c.resume and c.overwrite), "overwrite", True, "left away with --resume")
         stride = 2 ** (len(c.multipliers) - 1)
@@ -1296,33 +1199,20 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     kinds = {bool: dict(action="store_true"), tuple: dict(type=int, nargs="+")}
-    sections = {}
+    groups = dict.fromkeys(field.metadata["group"] for field in dataclasses.fields(Config))
+    sections = {group: parser.add_argument_group(group) for group in groups}
     for field in dataclasses.fields(Config):
-        name, group, text = field.name, field.metadata["group"], field.metadata["help"]
-        if group not in sections:
-            sections[group] = parser.add_argument_group(group)
+        name, text = field.name, field.metadata["help"]
         presets = [f"{key} {preset[name]}" for key, preset in PRESETS.items() if name in preset]
         default = ", ".join(presets) or field.default
         if "[" not in text and default not in (None, False):
             text += f" [default: {default}]"
         how = kinds.get(field.type, dict(type=field.type)) | field.metadata["extra"]
-        sections[group].add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                                     help=text, **how)
+        how |= dict(default=argparse.SUPPRESS, help=text)
+        sections[field.metadata["group"]].add_argument("--" + name.replace("_", "-"), **how)
     args = vars(parser.parse_args(argv))
     args = {name: tuple(v) if isinstance(v, list) else v for name, v in args.items()}
     return Config(**args), set(args)
-
-
-def check_used(config, typed):
-    """Raises ValueError where an option was typed that the command ignores."""
-    sampling = {f.name for f in dataclasses.fields(config) if f.metadata["group"] == "sampling"}
-    of_cm = {"rank_ratio", "lam", "w_con", "w_div", "div_margin", "same_masks"}
-    ignored = typed & (sampling | of_cm if config.no_cm else sampling)
-    if config.sample is not None:
-        check("WORLD_SIZE" not in os.environ, "sample", config.sample, "typed without torchrun")
-        ignored = typed - sampling - {"seed", "amp", "device", "out", "overwrite"}
-    for name in sorted(ignored):
-        raise ValueError(f"--{name.replace('_', '-')} has no meaning beside the other options")
 
 
 def fail(message, status=2):
@@ -1336,17 +1226,22 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):  # a terminal without Greek letters shows ?
             stream.reconfigure(errors="replace")
     config, typed = parse(argv)
+    sampling = {f.name for f in dataclasses.fields(config) if f.metadata["group"] == "sampling"}
+    of_cm = {"rank_ratio", "lam", "w_con", "w_div", "div_margin", "same_masks"}
     try:
-        check_used(config, typed)
         resolved = config.resolved()
+        unused = typed & (sampling | of_cm if config.no_cm else sampling)
+        if config.sample is not None:
+            check("WORLD_SIZE" not in os.environ, "sample", config.sample, "without torchrun")
+            unused = typed - sampling - {"seed", "amp", "device", "out", "overwrite"}
+        for name in sorted(unused):
+            check(False, name, getattr(config, name), "left away: it has no meaning here")
         if config.sample is None:
             train(resolved, typed)
         else:
             generate(config)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         fail(e)
-    except FloatingPointError as e:
-        fail(e, 1)
     except KeyboardInterrupt:
         fail("interrupted; with --resume training goes on from its last checkpoint", 130)
 

@@ -256,7 +256,7 @@ def test_read_image_keeps_levels_and_obeys_orientation(tmp_path):
     for bad in (-1, 1.5, math.nan):
         save_image(tmp_path / "bad.tif", np.array([[0, bad]], np.float32))
         with pytest.raises(ValueError, match=r"bad.tif can't be read .*aren't in \[0, 1\]"):
-            cm.read_image(tmp_path / "bad.tif")
+            cm.read_images([tmp_path / "bad.tif"])
 
 
 def test_folder_lists_what_a_person_sees(tmp_path, capsys):
@@ -734,9 +734,6 @@ def test_class_weights_are_eq_3():
     assert con.tolist() == pytest.approx([3 * n / 111 for n in (1, 100, 10)])
     assert div.tolist() == pytest.approx([3 / (n * 1.11) for n in (1, 100, 10)])
     assert all(torch.equal(w, torch.ones(5)) for w in cm.class_weights([7] * 5))
-    for bad in ([3, 0], [[1, 2]], [-1, 2]):
-        with pytest.raises(ValueError, match="one positive count a class"):
-            cm.class_weights(bad)
 
 
 def released(counts, a, b, y, w_con=1.0, w_div=0.2, margin=math.inf):
@@ -1173,14 +1170,14 @@ def test_a_step_that_is_not_finite_ends_the_command_in_a_line(
     monkeypatch.setattr(cm, "update", lambda loss, *rest: update(factor * loss, *rest))
     done = command(f"{REPLAY} --warmup 0 {flags} --out {tmp_path}")
     good = f"the last good checkpoint is {tmp_path}/checkpoint.pt"
-    assert done.returncode == 1 and re.search(f": {says}; {good}\n$", done.stderr)
+    assert done.returncode == 2 and re.search(f": {says}; {good}\n$", done.stderr)
     assert load(tmp_path)["step"] == 0 and not (tmp_path / "log.csv").exists()
 
 
 def test_float16s_scale_changes_nothing_and_comes_back_on_resume(tmp_path, monkeypatch):
     """On the CPU: the scaler at work, but in float32. A step of infinite gradient is skipped."""
-    monkeypatch.setattr(cm, "precision", lambda config, device: "fp16")
-    monkeypatch.setattr(cm, "autocast", lambda kind, device: contextlib.nullcontext())
+    half = torch.autocast("cpu", torch.float16, enabled=False)
+    monkeypatch.setattr(cm, "precision", lambda config, device: half)
     monkeypatch.setattr(cm, "report", lambda *args: None)
     flags, update = f"{REPLAY} --out {tmp_path}", cm.update
     run(flags)
@@ -1584,7 +1581,7 @@ def test_sample_of_an_unconditional_plain_network(checkpoints, tmp_path):
     got, file = np.load(file), tmp_path / "none.npz"
     assert "arr_1" not in got and got["guidance"] == 0
     assert abs(got["arr_0"] - by_hand(checkpoints["plain"], [-1] * 6, guidance=0.0)).max() <= 1
-    for extra, says in (("--labels 1", "--label-drop 1"), ("--general-only", "no theta_g")):
+    for extra, says in (("--labels 1", "it knows none"), ("--general-only", "no theta_g")):
         done = command(f"{flags} --out {file} {extra}")
         assert done.returncode == 2 and says in done.stderr and not file.exists()
 
@@ -1607,7 +1604,7 @@ def test_images_that_are_not_finite_are_not_written(checkpoints, tmp_path):
     state["ema"][last] += 1e38  # finite weights, infinite images
     torch.save(state, tmp_path / "c.pt")
     done = command(f"--sample {tmp_path / 'c.pt'} --num-images 2 --sample-steps 2")
-    assert done.returncode == 1 and "are not finite; nothing was written" in done.stderr
+    assert done.returncode == 2 and "are not finite; nothing was written" in done.stderr
     assert not list(tmp_path.glob("*.npz"))
 
 
@@ -1643,20 +1640,20 @@ BAD = {  # arguments: what the line must say; {d} is what `bad` makes, {r} a che
     "--out {d}/none --resume": "can't be loaded as a checkpoint.pt (FileNotFoundError",
     "--out {d}/run --resume --lr 0.5": "--lr is 0.5; it must be 0.003, as",
     "--out {d}/run --resume --overwrite": "--overwrite",
-    "--out {d}/run --resume --steps 3": "--steps is 3; it must be at least 40, where",
+    "--out {d}/run --resume --steps 3": "--steps is 3; it must be at least 40, as",
     "--out {d}/cut --resume": "cut/checkpoint.pt can't be loaded as a checkpoint.pt (",
     "--resample 150": "--resample is 150",
     "--sample {r} --labels -1": "--labels is (-1,); it must be in [0, inf]",
     "--sample {r} --labels 3 10": "--labels is (3, 10); it must be below 10",
     "--sample {r} --sample-steps 1001": "--sample-steps is 1001; it must be 1 to 1000 with ddim",
     "--sample {r} --sampler dpm --sample-steps 1000": "it must be 1 to 999 with dpm",
-    "--sample {r} --out {d}/none/s.npz": "in a directory that exists",
-    "--sample {r} --out {d}/s.png": "a name that ends in .npz",
-    "--sample {r} --steps 5": "--steps has no meaning beside the other options",
-    "--guidance 2": "--guidance has no meaning beside the other options",
-    "--no-cm --w-div 1": "--w-div has no meaning beside the other options",
+    "--sample {r} --out {d}/none/s.npz": "it must be an .npz in a directory",
+    "--sample {r} --out {d}/s.png": "it must be an .npz in a directory",
+    "--sample {r} --steps 5": "--steps is 5; it must be left away: it has no meaning",
+    "--guidance 2": "--guidance is 2.0; it must be left away: it has no",
+    "--no-cm --w-div 1": "--w-div is 1.0; it must be left away: it has no mean",
     "WORLD_SIZE=3 --batch-size 16": "is 16; it must be a multiple of 3",
-    "WORLD_SIZE=2 --sample {r} --num-images 1": "it must be typed without torchrun"}
+    "WORLD_SIZE=2 --sample {r} --num-images 1": "it must be without torchrun"}
 
 
 @pytest.fixture(scope="module")
@@ -1727,11 +1724,13 @@ def test_cuda_without_a_number_is_the_local_rank(monkeypatch):
 
 def test_off_is_float32_without_tf32(monkeypatch):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    assert cm.precision(config(), torch.device("cpu")) == "off"
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled and dtype)
+    assert cm.precision(config(), torch.device("cpu")) is False
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-    for amp, has, kind in (("auto", True, "bf16"), ("auto", False, "fp16"), ("off", True, "off")):
+    for amp, has, dtype in (("auto", True, torch.bfloat16), ("auto", False, torch.float16),
+                            ("fp16", True, torch.float16), ("off", True, False)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **how: has)
-        assert cm.precision(config(amp=amp), torch.device("cuda")) == kind
+        assert cm.precision(config(amp=amp), torch.device("cuda")) == dtype
 
 
 # --------------------------------------------------------------------------------------------------
