@@ -7,9 +7,8 @@
     python cm.py --sample runs/fashion16/checkpoint.pt --num-images 1000
     torchrun --nproc-per-node 4 cm.py --dataset cifar100   # several GPUs (--nnodes: machines)
 
-The method comes first: Eq. (1) capacity reservation, Eqs. (3) and (2) the loss, the diffusion
-process, base losses, Eq. (4) and one training step, sampling. Equations, sections and tables are
-the paper's. In [B, C, H, W] C is channels, else classes; labels 0..C-1 are the data set's own.
+The method comes first, then network, data, a run, options. Equations, sections and tables are the
+paper's. In [B, C, H, W] C is channels, else classes; labels 0..C-1 are the data set's own.
 """
 
 import argparse
@@ -22,35 +21,28 @@ import json
 import math
 import os
 import sys
-from collections import OrderedDict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision import transforms
+from torchvision import datasets, transforms, utils
 from tqdm import tqdm
 
 T = 1000  # diffusion steps (Sec. G.1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Eq. (1): capacity reservation
-
-
+# ---- Eq. (1): capacity reservation ---------------------------------------------------------------
 class LowRankReserved(nn.Module):
     """A Conv2d or Linear whose weight is W_g + BA, or W_g alone inside `general_only` (Eq. 1).
-
-    `layer` holds W_g and the bias, and is called with its weight replaced: its own forward and its
-    hooks go on working. B [d, r] starts at zero and A [r, k] at random, as in LoRA, so
-    training starts from the plain layer; unlike LoRA's, W_g is trained too, and BA has no factor.
-    d, k and the rank r are `matrix_and_rank`'s. `weight` and `bias` read as on the plain layer."""
+    `layer`, which holds W_g and the bias, is called with its weight replaced: forward and hooks are
+    its own. B [d, r] starts at zero, A [r, k] at random, as in LoRA; but W_g is trained, too."""
 
     def __init__(self, layer, d, k, rank):
         super().__init__()
@@ -89,10 +81,9 @@ def matrix_and_rank(layer, rank_ratio):
 
 def reserve_capacity(module, rank_ratio=0.1, where=None):
     """Replace Conv2d and Linear layers inside `module`, in place, by LowRankReserved ones (Eq. 1).
-
-    `where(layer)` says which, by default all of them. A layer whose rank (`matrix_and_rank`)
-    wouldn't be below min(d, k) gets no BA. Returns the module (a bare layer comes back wrapped).
-    Raises ValueError where a layer is out of BA's reach, and if none is left. (Sec. 3.1, G.1)"""
+    `where(layer)` says which, by default all whose rank (`matrix_and_rank`) is below min(d, k).
+    Returns the module (a bare layer comes back wrapped). Raises ValueError where a layer is out of
+    BA's reach, and if none is left. (Sec. 3.1, G.1)"""
     check(0 < rank_ratio <= 1, "rank_ratio", rank_ratio, "in (0, 1]")
     if reserved_layers(module):
         raise ValueError("capacity is reserved in this module already; merge it first")
@@ -106,12 +97,10 @@ def reserve_capacity(module, rank_ratio=0.1, where=None):
             continue
         if "weight" not in layer._parameters:
             raise ValueError(f"{layer} has no weight of its own (weight norm, parametrization)")
-        if owned.count(id(layer.weight)) > 1:
-            raise ValueError("two modules share a weight (tied): merged, they would differ; leave "
-                             "it out by `where`")
-        if id(layer) in listed:
-            raise ValueError(f"a plain list holds {layer}, which would stay without BA there; use "
-                             "nn.ModuleList, or leave it out by `where`")
+        if owned.count(id(layer.weight)) > 1:  # merged, the two would differ
+            raise ValueError(f"{layer}'s weight is another's, too (tied); leave it out by `where`")
+        if id(layer) in listed:  # there it would stay without BA
+            raise ValueError(f"a plain list holds {layer}; use nn.ModuleList or omit it by `where`")
         d, k, rank = matrix_and_rank(layer, rank_ratio)
         if rank < min(d, k):
             reserved[layer] = LowRankReserved(layer, d, k, rank)
@@ -149,10 +138,8 @@ def general_only(module):
 
 
 def merge(module):
-    """A plain copy of `module` with the weights in force, W_g + BA, folded in (Sec. 3.2).
-
-    Names, parameter count and FLOPs are those of a network that never had reserved capacity.
-    Inside `general_only` it is theta_g."""
+    """A plain copy of `module` with the weights in force, W_g + BA, folded in (Sec. 3.2); inside
+    `general_only` theta_g's. Names and FLOPs are those of a network without reserved capacity."""
     plain = copy.deepcopy(module)
     for reserved in reversed(reserved_layers(plain)):  # from the inside out
         weight = reserved.weight.detach().clone()
@@ -161,24 +148,20 @@ def merge(module):
     return plain
 
 
-# --------------------------------------------------------------------------------------------------
-# Eqs. (3) and (2): class weights and the capacity manipulation loss
-
-
+# ---- Eqs. (3) and (2): class weights and the capacity manipulation loss --------------------------
 def class_weights(counts):
     """(omega_con, omega_div), each [C] float32, of training counts N_c > 0; all 1 if balanced."""
     n = torch.as_tensor(counts, dtype=torch.float64)
-    if n.ndim != 1 or not (n > 0).all():
-        raise ValueError("class weights need one positive count a class")
+    if not (n > 0).all():
+        raise ValueError(f"each class needs a positive count, not {n.tolist()}")
     omega_con = len(n) * n / n.sum()  # Eq. (3): majority classes agree
     omega_div = len(n) / (n * (1 / n).sum())  # Eq. (3): minority classes differ
     return omega_con.float(), omega_div.float()
 
 
 def capacity_weights(counts, w_con=1.0, w_div=0.2):
-    """w [C], what a class's distance d counts for: w_con * omega_con - w_div * omega_div.
-
-    1 and 0.2 are the authors' code's, 1 and 1 Eq. (2) as printed; 0 leaves a term out (Tab. 7)."""
+    """w [C], what a class's distance d counts for. 1 and 0.2 are the authors' code's, 1 and 1
+    Eq. (2) as printed; 0 leaves a term out (Tab. 7)."""
     omega_con, omega_div = class_weights(counts)
     return w_con * omega_con - w_div * omega_div
 
@@ -192,10 +175,9 @@ def squared_distance(a, b):
 
 
 def capacity_loss(eps_theta, eps_theta_g, w, div_margin=0.1):
-    """L_CM [B], w * d, of predictions [B, C, H, W] and each sample's weight w [B] (Eq. 2).
-
-    Where w < 0 the loss has no lower bound in eps_theta_g, so there, and only there, d counts up to
-    `div_margin`: a fuse, far above what dropout makes of d; inf is the authors' form."""
+    """L_CM [B], w * d, of predictions [B, C, H, W] and each sample's weight w [B] (Eq. 2). Where
+    w < 0 it has no lower bound in eps_theta_g: there, and only there, d counts up to `div_margin`,
+    a fuse far above what dropout makes of d; inf is the authors' form."""
     return weigh(squared_distance(eps_theta, eps_theta_g), w, div_margin)
 
 
@@ -204,10 +186,7 @@ def weigh(d, w, div_margin):
     return torch.where(w >= 0, w * d, w * d.clamp(max=div_margin))  # Eq. (2), with the fuse
 
 
-# --------------------------------------------------------------------------------------------------
-# The diffusion process: one schedule for training and sampling
-
-
+# ---- The diffusion process: one schedule for training and sampling -------------------------------
 def make_alpha_bar(device="cpu"):
     """alpha_bar [T] float64, betas linear from 1e-4 to 0.02 (Sec. G.1)."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -226,17 +205,12 @@ def add_noise(x0, t, eps, alpha_bar):
     return (signal_scale * x0 + noise_scale * eps).to(x0.dtype)
 
 
-# --------------------------------------------------------------------------------------------------
-# Base losses (Sec. D). DDPM's is squared_distance(eps_theta, eps); the others change one thing.
-
-
+# ---- Base losses (Sec. D), Eq. (4) and one training step -----------------------------------------
 @torch.no_grad()
 def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
-    """Oriented Calibration (OC, Zhang et al. 2024): let rare classes learn from frequent ones.
-
-    A reference x_ref is drawn from the batch with probability ~ q(x_t | x_ref), the sample itself
-    included; where its class is no rarer than y's, the target [B, C, H, W] points to it, else it is
-    eps. (Eqs. D.2-D.4, with the bar on alpha and the division that OC's published code has)"""
+    """Oriented Calibration (OC, Zhang et al. 2024): x_ref is drawn from the batch, probability ~
+    q(x_t | x_ref); where its class is no rarer than y's, the target [B, C, H, W] points to it, else
+    it is eps. (Eqs. D.2-D.4, with the bar on alpha and the division that OC's code has)"""
     signal_scale, noise_scale = scales(alpha_bar, t, x0)
     # without cdist's matrix product: at small t the exponent multiplies rounding by 10^4
     distance = torch.cdist((x_t / signal_scale).flatten(1), x0.flatten(1),
@@ -250,17 +224,11 @@ def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
 
 
 def cbdm_pull(eps_theta, eps_other, t, y_in):
-    """What Class-Balancing Diffusion (CBDM, Qin et al. 2023) adds to the base loss [B]: predictions
-    for y and another class y' are pulled together, so that rare classes share what others know.
-
-    Eq. (D.1) with one y', tau = t / T and gamma = 1/4; nothing where y is dropped."""
+    """What Class-Balancing Diffusion (CBDM, Qin et al. 2023) adds to the base loss [B]: Eq. (D.1)
+    with one other class y', tau = t / T and gamma = 1/4; nothing where y is dropped."""
     pull = squared_distance(eps_theta, eps_other.detach())
     pull = pull + 0.25 * squared_distance(eps_theta.detach(), eps_other)
     return t / T * pull * (y_in >= 0)
-
-
-# --------------------------------------------------------------------------------------------------
-# Eq. (4) and one training step
 
 
 def same_masks(x):
@@ -271,10 +239,8 @@ def same_masks(x):
 
 class CapacityManipulation(nn.Module):
     """The losses of one batch under a network `unet(x_t, t, y)`. A variation is a subclass of it.
-
-    counts [C] are training counts; `base` is "ddpm", "oc", "cbdm" or "focal"; `lam` is lambda;
-    w_con, w_div, div_margin as in `capacity_weights` and `capacity_loss`; `same_masks`: theta and
-    theta_g share their dropout masks; `cbdm_prior`: of `other_classes`; `no_cm`: base loss only."""
+    counts [C]: training images; `base`: "ddpm", "oc", "cbdm" or "focal"; `lam`: lambda;
+    `same_masks`: theta and theta_g share their dropout masks; `no_cm`: base loss only."""
 
     def __init__(self, unet, counts, base="ddpm", lam=1.0, w_con=1.0, w_div=0.2, div_margin=0.1,
                  same_masks=False, cbdm_prior="uniform", no_cm=False):
@@ -292,8 +258,7 @@ class CapacityManipulation(nn.Module):
                    config.div_margin, config.same_masks, config.cbdm_prior, config.no_cm)
 
     def forward(self, x0, y, t, eps, y_in):
-        """x0, eps [B, C, H, W]; y, t [B]; y_in [B], y with -1 where the label is dropped.
-
+        """x0, eps [B, C, H, W]; y, t [B]; y_in [B], y with -1 where the label is dropped
         -> total loss (scalar), base loss [B], L_CM [B], d [B]. (Algorithm C.1)"""
         x_t = add_noise(x0, t, eps, self.alpha_bar)
         target = eps
@@ -322,15 +287,13 @@ class CapacityManipulation(nn.Module):
 
     def other_classes(self, y):
         """CBDM's y' [B], maybe y: uniform over classes (Eq. D.1), or by "frequency" as its code."""
-        prior = self.counts.float()
-        if self.cbdm_prior == "uniform":
-            prior = torch.ones_like(prior)
-        return torch.multinomial(prior, len(y), replacement=True)
+        q = 1.0 if self.cbdm_prior == "frequency" else 0.0
+        return torch.multinomial(self.counts.float() ** q, len(y), replacement=True)
 
 
 def update(loss, parameters, ema_parameters, optimizer, scaler, decay):
     """One step down the gradient of `loss` [], clipped to norm 1; then the moving average (EMA) of
-    W_g, A and B each. `scaler` is float16's. -> the gradient's norm before clipping, []."""
+    W_g, A and B each. -> the norm before clipping, []; 0 where float16's `scaler` skips a step."""
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -338,13 +301,10 @@ def update(loss, parameters, ema_parameters, optimizer, scaler, decay):
     scaler.step(optimizer)
     scaler.update()
     get_ema_multi_avg_fn(decay)(ema_parameters, parameters, None)
-    return grad_norm
+    return grad_norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else grad_norm
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling. `predict(x, t)` is eps [B, C, H, W] for x [B, C, H, W] at the time t, an int.
-
-
+# ---- Sampling; `predict(x, t)` is eps [B, C, H, W] at the time t, an int -------------------------
 def steps_of(alpha_bar, times):
     """(t, alpha_bar at t, alpha_bar at the next time) for each of `times`; the last goes to 1."""
     a = [alpha_bar[t] for t in times] + [1.0]
@@ -395,12 +355,11 @@ SAMPLERS = {"ddim": (ddim, 50), "ddpm": (ddpm, T), "dpm": (dpm, 15)}  # with the
 @torch.no_grad()
 def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0, seeds=None):
     """Images [B, C, H, W] in [-1, 1] of an eps-function or UNet in eval mode, `model(x, t, y)`.
-
     labels [B] (-1: none); image_shape (C, H, W); seeds: one int an image, so that the batch size
     doesn't matter; guidance w: eps_c + w (eps_c - eps_null), classifier-free. Raises ValueError."""
     draw, usual = SAMPLERS[sampler]
-    steps, most = usual if steps is None else steps, T - (sampler == "dpm")  # no time twice
-    check(1 <= steps <= most, "sample_steps", steps, f"1 to {most} with {sampler}")
+    most = T - (sampler == "dpm")  # no time twice
+    check(steps is None or 1 <= steps <= most, "sample_steps", steps, f"1 to {most} with {sampler}")
     alpha_bar = make_alpha_bar().tolist()
     seeds = range(len(labels)) if seeds is None else seeds
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
@@ -417,15 +376,12 @@ def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0,
         return eps
 
     more = [noise] if sampler == "ddpm" else []
-    x = draw(predict, noise(), alpha_bar, steps, *more)
+    x = draw(predict, noise(), alpha_bar, steps or usual, *more)
     x = torch.where(x.isfinite(), x, torch.nan)  # clamp would make of inf a pixel like any other
     return x.clamp(-1, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Network: the DDPM UNet of the code that the paper builds on
-
-
+# ---- Network: the DDPM UNet of the code that the paper builds on ---------------------------------
 def initialised(layer, gain=1.0):
     nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
@@ -437,8 +393,7 @@ def conv(cin, cout, kernel=3, stride=1, gain=1.0):
 
 
 def norm(channels):
-    """32 groups as in the base code; one where channels are few, since small groups hide an image's
-    mean from the network."""
+    """32 groups as in the base code; one where small groups would hide an image's mean."""
     return nn.GroupNorm(32 if channels >= 128 else 1, channels)
 
 
@@ -459,11 +414,10 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    def __init__(self, cin, cout, emb_dim, dropout, attention):
+    def __init__(self, cin, cout, attention, emb_dim, dropout):
         super().__init__()
         self.block1 = nn.Sequential(norm(cin), nn.SiLU(), conv(cin, cout))
-        self.emb_proj = nn.Sequential(nn.SiLU(),
-                                      initialised(nn.Linear(emb_dim, cout)))
+        self.emb_proj = nn.Sequential(nn.SiLU(), initialised(nn.Linear(emb_dim, cout)))
         self.block2 = nn.Sequential(norm(cout), nn.SiLU(), nn.Dropout(dropout),
                                     conv(cout, cout, gain=1e-5))
         self.shortcut = conv(cin, cout, 1) if cin != cout else nn.Identity()
@@ -475,10 +429,8 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t, y); Eq. (1) is for its decoder.
-
-    `image_size` only places the attention; any size divisible by 2^(levels-1) can be fed. Raises
-    ValueError where widths don't fit GroupNorm."""
+    """eps_theta(x_t, t, y). `image_size` only places the attention: any size that is divisible by
+    2^(levels-1) can be fed. Raises ValueError where widths don't fit GroupNorm."""
 
     def __init__(self, num_classes=10, image_channels=3, image_size=32, channels=128,
                  multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1):
@@ -487,35 +439,30 @@ class UNet(nn.Module):
         self.time_embedding = nn.Sequential(initialised(nn.Linear(channels, emb_dim)), nn.SiLU(),
                                             initialised(nn.Linear(emb_dim, emb_dim)))
         self.label_embedding = nn.Embedding(num_classes, emb_dim)
-        attends = [image_size >> level in attention for level in range(len(multipliers))]
+
+        block = lambda cin, cout, attends: ResBlock(cin, cout, attends, emb_dim, dropout)
+        levels = [(channels * m, image_size >> i in attention) for i, m in enumerate(multipliers)]
 
         self.encoder = nn.ModuleList([conv(image_channels, channels)])
-        width, widths = channels, [channels]
-        for level, multiplier in enumerate(multipliers):
-            for _ in range(blocks):
-                block = ResBlock(width, channels * multiplier, emb_dim, dropout, attends[level])
-                self.encoder.append(block)
-                width = channels * multiplier
-                widths.append(width)
-            if level < len(multipliers) - 1:
-                self.encoder.append(conv(width, width, stride=2))
-                widths.append(width)
-
-        self.middle = nn.ModuleList([ResBlock(width, width, emb_dim, dropout, True),
-                                     ResBlock(width, width, emb_dim, dropout, False)])
-
-        self.decoder = nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            for _ in range(blocks + 1):
-                block = ResBlock(width + widths.pop(), channels * multiplier, emb_dim, dropout,
-                                 attends[level])
-                self.decoder.append(block)
-                width = channels * multiplier
+        widths = [channels]  # of the encoder's outputs; the decoder takes them from the last on
+        for level, (width, attends) in enumerate(levels):
             if level > 0:
-                self.decoder.append(nn.Sequential(OrderedDict(
-                    up=nn.Upsample(scale_factor=2), conv=conv(width, width))))
-        self.decoder.append(nn.Sequential(norm(width), nn.SiLU(),
-                                          conv(width, image_channels, gain=1e-5)))
+                self.encoder.append(conv(widths[-1], widths[-1], stride=2))
+                widths.append(widths[-1])
+            for _ in range(blocks):
+                self.encoder.append(block(widths[-1], width, attends))
+                widths.append(width)
+        self.middle = nn.ModuleList([block(width, width, True), block(width, width, False)])
+        self.decoder = nn.ModuleList()
+        for level, (out, attends) in reversed(list(enumerate(levels))):
+            for _ in range(blocks + 1):
+                self.decoder.append(block(width + widths.pop(), out, attends))
+                width = out
+            if level > 0:
+                self.decoder.append(nn.Sequential(nn.Upsample(scale_factor=2)))
+                self.decoder[-1].add_module("conv", conv(width, width))
+        last = conv(width, image_channels, gain=1e-5)
+        self.decoder.append(nn.Sequential(norm(width), nn.SiLU(), last))
 
     def embed(self, t, y):
         """What residual blocks are told of t [B] and y [B] (-1: dropped), [B, 4 * channels]."""
@@ -545,38 +492,31 @@ class UNet(nn.Module):
 
 
 def make_unet(config, num_classes, image_channels):
-    """The UNet of a run, with capacity reserved in its decoder (Eq. 1) unless --no-cm.
-
-    As in the authors' code: in the 3x3 convolutions of the decoder's blocks and upsampling, but the
-    last; with --preset paper these are 27."""
+    """The UNet of a run, with capacity reserved (Eq. 1) unless --no-cm where the authors' code has
+    it: in the 3x3 convolutions of the decoder's blocks and upsampling, but the last."""
     unet = UNet(num_classes, image_channels, config.image_size, config.channels,
                 config.multipliers, config.blocks, config.attention, config.dropout)
     if not config.no_cm:
-        last = unet.decoder[-1][-1]
-        reserve_capacity(unet.decoder, config.rank_ratio, where=lambda layer: (
-            layer is not last and layer.weight.shape[2:] == (3, 3)))
+        blocks = unet.decoder[:-1]  # not the last convolution
+        reserve_capacity(blocks, config.rank_ratio, where=lambda m: m.weight.shape[2:] == (3, 3))
     return unet
 
 
-# --------------------------------------------------------------------------------------------------
-# Data: the long-tailed split everyone uses, and one uint8 tensor on the device
+# ---- Data: the long-tailed split everyone uses, and one uint8 tensor on the device ---------------
+FASHION16 = Path(__file__).with_name("assets") / "fashion16.npz"  # experiments/make_fashion16.py
 
 
 def class_counts(n_max, ir, num_classes):
-    """Training images a class, N_c = int(n_max * ir^(-c/(C-1))) (Cao et al. 2019), C ints. Raises
-    ValueError if a class would be empty."""
+    """N_c = int(n_max * ir^(-c/(C-1))), C ints (Cao et al. 2019). Raises ValueError if one is 0."""
     counts = [int(n_max * (1 / ir) ** (c / (num_classes - 1.0))) for c in range(num_classes)]
-    if counts[-1] < 1:
-        raise ValueError(f"--ir {ir:g} leaves the smallest class empty; type a smaller one")
+    check(counts[-1] > 0, "ir", ir, "smaller: it leaves the smallest class empty")
     return counts
 
 
 def long_tail_indices(labels, ir, seed=0, n_max=None):
-    """Indices of the long-tailed subset of `labels` [N], class by class; ir = 1 alone keeps all N.
-
-    As in the code that everyone's figures come from: RandomState(seed), there 0, classes in order,
-    each class's indices shuffled, the first N_c taken; n_max = N / C, or the smallest class where
-    classes differ. Raises ValueError where a class has fewer images than its N_c."""
+    """Indices of the long-tailed subset of `labels` [N]; ir = 1 alone keeps all N. As in everyone's
+    code: RandomState(seed), there 0, classes in order, each one's indices shuffled, the first N_c
+    taken; n_max = N / C (the smallest class where they differ). Raises ValueError."""
     labels = np.asarray(labels)
     if ir == 1 and n_max is None:
         return np.arange(len(labels))
@@ -601,103 +541,73 @@ def splits(counts):
     return {"Many": order[:third], "Medium": order[third:2 * third], "Few": order[2 * third:]}
 
 
-FASHION16 = Path(__file__).with_name("assets") / "fashion16.npz"  # experiments/make_fashion16.py
-
-
 def read_image(file):
     """An image file as a PIL image of mode RGB: upright by its EXIF, 16 bits rounded to 8, floats
-    in [0, 1] times 255, transparency dropped as PIL does (no background). Raises ValueError."""
-    try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # PIL would clip these at 255
-                levels, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
-                if not (levels.min() >= 0 and levels.max() <= top):
-                    raise ValueError(f"its values aren't in [0, {top}]")
-                image = Image.fromarray(np.rint(255 / top * levels).astype(np.uint8))
-            return image.convert("RGB")
-    except Exception as e:  # PIL has many kinds
-        raise ValueError(f"{file} can't be read as an image ({e})") from None
+    in [0, 1] times 255, transparency dropped as PIL does (no background). Raises as PIL does."""
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # PIL would clip these at 255
+            levels, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
+            if not (levels.min() >= 0 and levels.max() <= top):
+                raise ValueError(f"its values aren't in [0, {top}]")
+            image = Image.fromarray(np.rint(255 / top * levels).astype(np.uint8))
+        return image.convert("RGB")
 
 
 def read_images(files, prepare=np.asarray):
-    """uint8 [N, H, W, 3] of image files, made of PIL images by `prepare`. Raises ValueError, which
-    names up to five files that can't be read or aren't of the first one's size."""
+    """uint8 [N, H, W, 3] of image files by `prepare`. Raises ValueError, naming five at most."""
     def decode(file):
         try:
             return prepare(read_image(file))
-        except ValueError as e:
-            return e
+        except Exception as e:  # PIL has many kinds
+            return f"{file} can't be read as an image ({e})"
 
     with ThreadPool() as pool:  # PIL decodes outside the interpreter's lock
         images = list(tqdm(pool.imap(decode, files, 64), "decoding", len(files)))
-    wrong = [image for image in images if isinstance(image, ValueError)]
-    if not wrong:
-        wrong = [f"{file} isn't of {files[0]}'s size" for file, image in
-                 zip(files, images, strict=True) if image.shape != images[0].shape]
+    wrong = [image for image in images if isinstance(image, str)]
     if wrong:
-        raise ValueError("; ".join(map(str, wrong[:5])) + f" (of {len(wrong)})" * (len(wrong) > 5))
+        raise ValueError("; ".join(wrong[:5]) + f" (of {len(wrong)})" * (len(wrong) > 5))
     return np.stack(images)
 
 
-def visible(folder):
-    """The paths in a folder, sorted, without hidden ones and __MACOSX."""
-    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name != "__MACOSX")
+def visible(names):
+    """File names, sorted, without hidden ones and __MACOSX."""
+    return sorted(name for name in names if name[0] != "." and name != "__MACOSX")
 
 
 def list_images(tree, names=("",)):
     """The image files beneath tree/NAME of each class (beneath `tree`), and their classes [N].
     Linked folders are followed once; files of other endings are counted on stderr."""
-    endings, found = torchvision.datasets.folder.IMG_EXTENSIONS, []
-    seen = {(tree / name).resolve() for name in ("", *names)}
+    found, seen = [], {os.path.realpath(tree / name) for name in ("", *names)}
     for label, name in enumerate(names):
-        folders = [tree / name] if (tree / name).is_dir() else []  # val may lack a class
-        while folders:
-            for path in visible(folders.pop()):
-                if not path.is_dir():
-                    found.append((path, label))
-                elif path.resolve() not in seen:
-                    seen.add(path.resolve())
-                    folders.append(path)
-    images = [(path, label) for path, label in found if path.suffix.lower() in endings]
-    others = len(found) - len(images)
-    if others:
-        print(f"{tree}: {others} files left out, whose endings aren't images'", file=sys.stderr)
-    images.sort(key=lambda image: os.path.split(image[0]))
-    return [path for path, _ in images], np.array([label for _, label in images], np.int64)
+        for folder, inner, files in os.walk(tree / name, followlinks=True):
+            found += [(folder, file, label) for file in visible(files)]
+            real = {os.path.realpath(Path(folder, name)): name for name in visible(inner)}
+            inner[:] = [name for path, name in real.items() if path not in seen]
+            seen.update(real)
+    images = [image for image in sorted(found) if datasets.folder.is_image_file(image[1])]
+    if len(images) < len(found):
+        print(f"{tree}: {len(found) - len(images)} files left out, whose endings aren't images'",
+              file=sys.stderr)
+    return [Path(*image[:2]) for image in images], np.array([i[2] for i in images], np.int64)
 
 
 def class_folders(root):
     """(folder of the classes' folders, their names) of an image tree: root/train, if it holds
     folders, else root; held-out images are apart, in root/val. Raises ValueError."""
-    beside = [path.name for path in visible(root) if path.is_dir()]
-    inner = [p.name for p in visible(root / "train") if p.is_dir()] if "train" in beside else []
+    beside, inner = (visible(path.name for path in folder.glob("*") if path.is_dir())
+                     for folder in (root, root / "train"))
     parts = {"train", "training", "val", "valid", "validation", "test", "testing"}
-    if inner:
-        tree, names, odd = root / "train", inner, set(beside) - {"train", "val"}
-        odd -= parts if "val" in beside else set()  # a test set may lie beside both
+    if inner:  # a test set may lie beside train and val
+        tree, names = root / "train", inner
+        odd = set(beside) - (parts if "val" in beside else {"train"})
     else:
         tree, names = root, [name for name in beside if name != "val"]
         odd = {name for name in names if name.lower() in parts} - {"train"}
     if odd or len(names) < 2:
         what = ", ".join(sorted(odd)) or "fewer than two folders"
-        raise ValueError(f"{root if odd else tree} holds {what}: it must hold a folder a class, or "
-                         f"all of them in train, and held-out images in val")
+        raise ValueError(f"{root} holds {what}: it must hold a folder a class, or train and val")
     return tree, names
-
-
-def read_folder(root, size, train):
-    """An image tree: uint8 [N, size, size, 3], the shorter side resized, then the centre cropped;
-    labels, class names. Raises ValueError."""
-    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
-    square = transforms.Compose([resize, transforms.CenterCrop(size), np.asarray])
-    tree, names = class_folders(root)
-    files, labels = list_images(tree if train else root / "val", names)
-    empty = [name for label, name in enumerate(names) if label not in labels]
-    if train and empty:
-        raise ValueError(f"{tree} holds no valid file for the classes {', '.join(empty)}")
-    images = read_images(files, square) if files else np.empty((0, size, size, 3), np.uint8)
-    return images, labels, names
 
 
 def load_dataset(name, data=None, image_size=32, train=True):
@@ -705,21 +615,26 @@ def load_dataset(name, data=None, image_size=32, train=True):
     class names. train=False: the held-out images, N = 0 where there are none. Raises ValueError."""
     if name == "folder":
         check(data, "data", data, "a tree with one folder of images a class")
-        return read_folder(Path(data), image_size, train)
-    sizes = (8, 16) if name == "fashion16" else (8, 16, 32)
-    check(image_size in sizes, "image_size", image_size, f"one of {sizes} for {name}")
+        resize = transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC)
+        square = transforms.Compose([resize, transforms.CenterCrop(image_size), np.asarray])
+        tree, names = class_folders(Path(data))
+        files, labels = list_images(tree if train else Path(data, "val"), names)
+        empty = [name for label, name in enumerate(names) if train and label not in labels]
+        check(not empty, "data", data, f"a tree with images of {', '.join(empty)}, too")
+        images = np.empty((0, image_size, image_size, 3), np.uint8)
+        return read_images(files, square) if files else images, labels, names
     if name == "fashion16":
         check(data is None, "data", data, "left away with fashion16, which lies beside cm.py")
-        part, names = "train" if train else "test", torchvision.datasets.FashionMNIST.classes
+        part, names = "train" if train else "test", datasets.FashionMNIST.classes
         with np.load(FASHION16) as file:
             images, labels = file[f"{part}_images"][..., None], file[f"{part}_labels"]
     else:
         kind = "FashionMNIST" if name == "fashion" else name.upper()
         try:
-            whole = getattr(torchvision.datasets, kind)(data or "data", train, download=True)
+            whole = getattr(datasets, kind)(data or "data", train, download=True)
         except Exception as e:  # torchvision, urllib and pickle have many kinds
             raise ValueError(f"--data is {data or 'data'}; {kind} is neither whole there nor could "
-                             f"it be fetched ({e or type(e).__name__})") from None
+                             f"it be fetched ({e!r})") from None
         images, labels, names = np.asarray(whole.data), np.asarray(whole.targets), whole.classes
         if name == "fashion":
             images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]  # [N, 32, 32, 1]
@@ -727,9 +642,10 @@ def load_dataset(name, data=None, image_size=32, train=True):
 
 
 def shrink(images, size):
-    """uint8 [N, H, H, C] averaged to [N, size, size, C]; size divides H."""
+    """uint8 [N, H, H, C] averaged to [N, size, size, C]. Raises ValueError."""
     n, side, _, channels = images.shape
-    if side == size:
+    check(side % size == 0, "image_size", size, f"a divisor of {side}")
+    if size == side:
         return images
     blocks = images.reshape(n, size, side // size, size, side // size, channels)
     return np.rint(blocks.mean((2, 4), np.float32)).astype(np.uint8)
@@ -742,10 +658,8 @@ def on_device(images, labels, device):
 
 
 class Data:
-    """A training set as one uint8 tensor on the device, sorted by class, and its held-out images.
-
-    images [N, C, H, W]; labels [N]; counts [C] int64 tensor; starts [C]; names; held_out,
-    held_out_labels; held_out_name. Raises ValueError."""
+    """A training set on the device, sorted by class: images uint8 [N, C, H, W], labels [N], counts
+    [C], starts [C], names; held_out, held_out_labels, held_out_name. Raises ValueError."""
 
     def __init__(self, config, device="cpu"):
         options = config.dataset, config.data, config.image_size
@@ -759,20 +673,17 @@ class Data:
         self.starts = self.counts.cumsum(0) - self.counts
         held_out, held_out_labels, _ = load_dataset(*options, train=False)
         self.held_out, self.held_out_labels = on_device(held_out, held_out_labels, device)
-        self.held_out_name = "held-out"
-        if len(held_out) == 0:
+        self.held_out_name = "held-out" if len(held_out) else "TRAINING images"
+        if not len(held_out):
             self.held_out, self.held_out_labels = self.images, self.labels
-            self.held_out_name = "TRAINING images"
 
     def batch(self, size, resample=1.0, flip=True):
-        """`size` images in [-1, 1] and their labels, drawn with replacement, classes with
-        p_c ~ N_c^resample."""
+        """`size` images in [-1, 1], their labels: with replacement, classes p_c ~ N_c^resample."""
         y = torch.multinomial(self.counts.double() ** resample, size, replacement=True)
         index = self.starts[y] + torch.randint(2**62, (size,), device=y.device) % self.counts[y]
         x = to_float(self.images[index])
         if flip:
-            flipped = torch.rand(size, 1, 1, 1, device=x.device) < 0.5
-            x = torch.where(flipped, x.flip(3), x)
+            x = torch.where(torch.rand(size, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
         return x, y
 
     def first(self, classes, columns):
@@ -789,15 +700,10 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training loop
-
-
+# ---- Training loop -------------------------------------------------------------------------------
 def hashed_seed(purpose, *numbers):
     """One integer for `manual_seed`, from a purpose (at most 8 letters) and ints in [0, 2^63).
-
-    PyTorch's CPU generators keep only the low 32 bits of a seed: sums of a run's seed and its step
-    would give two runs the same draws. Hashed, they meet by chance alone."""
+    PyTorch's CPU generators keep its low 32 bits: sums would meet, hashes do by chance alone."""
     # SeedSequence takes words of 32 bits; two halves of each, so that no two lists read alike
     words = [int.from_bytes(purpose.encode(), "little"), *numbers]
     halves = [half for word in words for half in (word % 2**32, word >> 32)]
@@ -805,10 +711,8 @@ def hashed_seed(purpose, *numbers):
 
 
 def draw_batch(data, config, size, step, rank=0):
-    """One step's x0, y, t, eps and y_in (y, -1 where the label is dropped).
-
-    Also seeds what `forward` draws, all by (seed, step, process): so a resumed run draws what the
-    uninterrupted one draws, and runs of different methods see the same batches."""
+    """One step's x0, y, t, eps and y_in (y, -1 where the label is dropped). Also seeds what
+    `forward` draws, all by (seed, step, process): for resumed runs, and for other methods' runs."""
     torch.manual_seed(hashed_seed("batch", config.seed, step, rank))
     x0, y = data.batch(size, config.resample, config.flip)
     t = torch.randint(T, (size,), device=x0.device)
@@ -819,10 +723,9 @@ def draw_batch(data, config, size, step, rank=0):
 
 def pick_device(name=None):
     """--device, by default the GPU if there is one, torchrun's LOCAL_RANK. Raises ValueError."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = {None: gpu if torch.cuda.is_available() else "cpu", "cuda": gpu}.get(name, name)
     check(name.split(":")[0] in ("cpu", "cuda"), "device", name, "cpu, cuda or cuda:N")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -833,28 +736,23 @@ def pick_device(name=None):
 
 
 def lay_out(unet, device):
-    """The network on its device, on the CPU its convolutions channels-last; not 1x1 kernels, whose
-    bytes stay: DDP would warn of their strides."""
+    """The network on its device, on the CPU channels-last, where that makes a difference."""
     unet = unet.to(device)
     for p in unet.parameters():
-        if device.type == "cpu" and p.ndim == 4 and p.shape[2:].numel() > 1:
+        if device.type == "cpu" and p.ndim == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
     return unet
 
 
 def precision(config, device):
-    """--amp on this device: "bf16", "fp16", or "off", float32 without cuDNN's default, TF32."""
+    """The context of --amp on this device; what isn't half as wide is float32, never TF32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    if device.type != "cuda":
-        check(config.amp in ("auto", "off"), "amp", config.amp, "left away without a GPU")
-        return "off"
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return ("bf16" if bf16 else "fp16") if config.amp == "auto" else config.amp
-
-
-def autocast(kind, device):
+    kind, gpu = config.amp, device.type == "cuda"
+    check(gpu or kind in ("auto", "off"), "amp", kind, "left away without a GPU")
+    if gpu and kind == "auto" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        kind = "fp16"
     dtype = torch.float16 if kind == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=kind != "off")
+    return torch.autocast(device.type, dtype, enabled=gpu and kind != "off")
 
 
 def write_atomically(path, write):
@@ -888,26 +786,18 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return state, Config(**state["config"])
     except Exception as e:  # torch.load raises nearly anything on a broken file
-        unread = getattr(e, "filename", None)  # else the system's word on a truncated file misleads
-        reason = e.strerror if unread else "truncated, or none that this cm.py wrote"
-        raise ValueError(f"{path} can't be loaded as a checkpoint.pt: {reason}") from None
-
-
-def load_weights(part, weights, path):
-    """Fill a network, or what trains it. Raises ValueError."""
-    try:
-        part.load_state_dict(weights)
-    except RuntimeError:
-        raise ValueError(f"{path} holds another network than its configuration says") from None
+        raise ValueError(f"{path} can't be loaded as a checkpoint.pt ({e!r:.90})") from None
 
 
 def load_trained(path, weights="ema", network=make_unet):
     """(configuration, network in eval mode with W_g, A and B still apart, class counts) of a
-    checkpoint.pt; weights "ema", or "model" for those that the next step would train; `network` is
-    that of `train`. Raises ValueError."""
+    checkpoint.pt, whose weights are "ema" or "model"; `network` as `train`'s. Raises ValueError."""
     state, config = load_checkpoint(path)
     unet = network(config, len(state["counts"]), state["ema"]["encoder.0.weight"].shape[1])
-    load_weights(unet, state[weights], path)
+    try:
+        unet.load_state_dict(state[weights])
+    except RuntimeError:
+        raise ValueError(f"{path} holds another network than its configuration says") from None
     return config, unet.eval().requires_grad_(False), state["counts"]
 
 
@@ -923,14 +813,12 @@ def groups(counts):
     return classes | {name: torch.as_tensor(k) for name, k in splits(counts).items()}
 
 
-def row_of(sums, step, lr, names, counts, out):
-    """A row of log.csv, means since the last one, of `train`'s sums (nan: none drawn). Raises
-    FloatingPointError where a step wasn't finite."""
+def row_of(sums, since, step, lr, names, counts, out):
+    """A row of log.csv, means of `train`'s sums. Raises FloatingPointError if one isn't finite."""
     by_class, (loss, grad_norm, steps, _) = sums[:-1].cpu(), sums[-1].tolist()
     if not sums.isfinite().all():
         odd = [names[k] for k in torch.where(~by_class.isfinite().all(1))[0].tolist()[:20]]
         what = f"the loss of {', '.join(odd)}" if odd else "the gradient"
-        since = step - int(steps) // (dist.get_world_size() if dist.is_initialized() else 1)
         raise FloatingPointError(f"{what} is not finite between steps {since} and {step}; the last "
                                  f"good checkpoint is {out}/checkpoint.pt")
     base, loss_cm, d, samples = by_class.T
@@ -942,12 +830,6 @@ def row_of(sums, step, lr, names, counts, out):
     return row
 
 
-def write_log(path, rows):
-    """log.csv, whole."""
-    lines = [",".join(rows[0])] + [",".join(f"{v:.6g}" for v in row.values()) for row in rows]
-    write_atomically(path, lambda p: p.write_text("\n".join(lines) + "\n"))
-
-
 def prepare_run(config, typed):
     """The configuration and the checkpoint (or None) that a run starts from. Raises ValueError."""
     out = Path(config.out)
@@ -956,44 +838,33 @@ def prepare_run(config, typed):
             raise ValueError(f"{out} is in use; type --resume, --overwrite or another --out")
         return config, None
     state, saved = load_checkpoint(out / "checkpoint.pt")
-    for name in sorted(typed - {"steps", "out", "resume", "device"}):
-        check(getattr(config, name) == getattr(saved, name), name, getattr(config, name),
-              f"{getattr(saved, name)}, as {out} was made; only --steps and --device may change")
-    steps = config.steps if "steps" in typed else saved.steps
-    check(steps >= state["step"], "steps", steps, f"at least {state['step']}, where {out} is")
-    return dataclasses.replace(saved, resume=True, out=config.out, device=config.device,
-                               steps=steps), state
-
-
-def read_data(data, config, device):
-    """data(config, device); of torchrun's processes the first of each machine reads first."""
-    if "WORLD_SIZE" not in os.environ:
-        return data(config, device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(hours=12))
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        dist.barrier()
-    read = data(config, device)
-    if first:
-        dist.barrier()
-    return read
+    may_change = {"out", "resume", "device"} | typed & {"steps"}
+    run = dataclasses.replace(saved, **{name: getattr(config, name) for name in may_change})
+    for name in sorted(typed):
+        check(getattr(config, name) == getattr(run, name), name, getattr(config, name),
+              f"{getattr(run, name)}, as {out} was made; only --steps and --device may change")
+    check(run.steps >= state["step"], "steps", run.steps, f"at least {state['step']}, as {out} has")
+    return run, state
 
 
 def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_unet, data=Data):
-    """Train as a resolved Config says, write the run directory, show the result.
-
-    `typed`: names that a --resume must match; `losses`: CapacityManipulation or a subclass;
-    `network(config, num_classes, image_channels)`: a UNet; `data(config, device)`: has what `Data`
-    has. Raises ValueError, and FloatingPointError where the loss isn't finite."""
+    """Train as a resolved Config says, in its run directory. `typed`: what a --resume must match;
+    `losses`: CapacityManipulation or a subclass; `network(config, num_classes, image_channels)`: a
+    UNet; `data(config, device)`: like `Data`. Raises ValueError, FloatingPointError."""
     config, state = prepare_run(config, typed)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check(config.batch_size % world == 0, "batch_size", config.batch_size,
-          f"divisible by the {world} processes")
+    check(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of {world}")
     device = pick_device(config.device)
-    kind = precision(config, device)
-    data = read_data(data, config, device)
-    names, counts, out = data.names, data.counts.tolist(), Path(config.out)
+    autocast = precision(config, device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=12))
+    for first in (True, False):  # each machine's first process reads, and maybe fetches, first
+        if first == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
+            made = data(config, device)
+        if world > 1:
+            dist.barrier()
+    data, names, counts, out = made, made.names, made.counts.tolist(), Path(config.out)
     if state and (state["names"], state["counts"]) != (names, counts):
         raise ValueError(f"{out} was trained on other classes, or other counts of them")
 
@@ -1003,68 +874,61 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
     ema = copy.deepcopy(unet).eval().requires_grad_(False)  # after what the losses set in it
     if config.compile:  # with eager's random numbers, so that --same-masks can draw masks again
         unet.compile(options={"fallback_random": True})
-    model = nn.parallel.DistributedDataParallel(module) if dist.is_initialized() else module
+    model = nn.parallel.DistributedDataParallel(module) if world > 1 else module
     parameters, ema_parameters = list(unet.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast.fast_dtype == torch.float16)
     # of each class base loss, L_CM, d and samples; last the total loss, the gradient's norm, steps
     sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64, device=device)
     parts = dict(model=unet, ema=ema, optimizer=optimizer, scaler=scaler)
     step, rows = (state["step"], state["rows"]) if state else (0, [])
-    for name, part in parts.items() if state else ():
-        if state[name]:  # without float16 there is no scale
-            load_weights(part, state[name], out)
-    for p, moments in optimizer.state.items():  # fused Adam wants this device's layout
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.empty_like(p).copy_(moments[name])
-    state = None  # 620 MB for the paper's network
+    if state:
+        for name, part in parts.items():
+            if state[name]:  # without float16 there is no scale
+                part.load_state_dict(state[name])
+        for p, moments in optimizer.state.items():  # fused Adam wants this device's layout
+            moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items() if k != "step"}
 
-    def save():
-        saved = {name: part.state_dict() for name, part in parts.items()}
-        saved |= dict(config=vars(config), names=names, counts=counts, step=step,
-                      rows=rows)
-        write_atomically(out / "checkpoint.pt", lambda path: torch.save(saved, path))
+    def save(checkpoint=True):
+        if rows:
+            lines = [",".join(rows[0]), *(",".join(f"{v:.6g}" for v in r.values()) for r in rows)]
+            write_atomically(out / "log.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
+        if checkpoint:
+            saved = {name: part.state_dict() for name, part in parts.items()}
+            saved |= dict(config=vars(config), names=names, counts=counts, step=step, rows=rows)
+            write_atomically(out / "checkpoint.pt", lambda path: torch.save(saved, path))
 
     out.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(total=config.steps, initial=step, disable=rank > 0, unit="step", mininterval=1)
+    steps = range(step + 1, config.steps + 1)
+    progress = tqdm(steps, "steps", config.steps, initial=step, disable=rank > 0, mininterval=1)
     with locked(out) if rank == 0 else contextlib.nullcontext(), progress:
         if rank == 0:
             begin(config, out, data, ema, rows)
             save()  # so that there always is a checkpoint to go on from
-        while step < config.steps:
-            step += 1
+        for step in progress:
             lr = config.lr * min(1.0, step / max(1, config.warmup))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             x0, y, t, eps, y_in = draw_batch(data, config, config.batch_size // world, step, rank)
-            with autocast(kind, device):
+            with autocast:
                 loss, base, loss_cm, d = model(x0, y, t, eps, y_in)
             decay = min(config.ema, (1 + step) / (10 + step))  # short runs forget their start, too
             grad_norm = update(loss, parameters, ema_parameters, optimizer, scaler, decay)
-            if scaler.is_enabled():  # it skips a step whose gradient isn't finite
-                grad_norm = grad_norm.nan_to_num(0, 0, 0)
-            one, ones = torch.ones_like(grad_norm), torch.ones_like(d)
-            values = torch.stack([base.detach(), loss_cm.detach(), d, ones], 1)
+            values = torch.stack([base.detach(), loss_cm.detach(), d, torch.ones_like(d)], 1)
             sums.index_add_(0, y, values.double())
-            sums[-1] += torch.stack([loss.detach(), grad_norm, one, one]).double()
-            progress.update()
+            sums[-1, :3] += torch.stack([loss.detach(), grad_norm, torch.ones_like(grad_norm)])
 
-            last = step == config.steps
-            if not last and step % config.log_every:
+            if step % config.log_every and step < config.steps:
                 continue
-            if dist.is_initialized():
+            if world > 1:
                 dist.all_reduce(sums)
-            rows.append(row_of(sums, step, lr, names, counts, out))
+            since = rows[-1]["step"] if rows else 0
+            rows.append(row_of(sums, since, step, lr, names, counts, out))
             sums.zero_()
-            progress.set_postfix_str(f"base {rows[-1]['base']:.4f}", refresh=False)
-            if rank == 0:
-                write_log(out / "log.csv", rows)
-            # with a row, never between two, since it holds no sums: the first from a multiple on
-            if rank == 0 and (last or step % config.checkpoint_every < config.log_every):
-                save()
+            if rank == 0:  # a checkpoint holds no sums, so it comes with a row
+                save(step == config.steps or step % config.checkpoint_every < config.log_every)
         if rank == 0:
             report(ema, data, config, rows, out)
-    if dist.is_initialized():
+    if world > 1:
         dist.destroy_process_group()
 
 
@@ -1072,32 +936,23 @@ def begin(config, out, data, ema, rows):
     """Write config.json and say what a run trains; remove what an older run left."""
     for name in () if rows else ("log.csv", "merged.pt", "samples.png", "curves.png"):
         (out / name).unlink(missing_ok=True)
-    if rows:
-        write_log(out / "log.csv", rows)
-    counts = data.counts.tolist()
-    text = json.dumps(dict(options=vars(config), classes=data.names, counts=counts),
-                      indent=1)
+    counts, size = data.counts.tolist(), sum(p.numel() for p in merge(ema).parameters()) / 1e6
+    text = json.dumps(dict(options=vars(config), classes=data.names, counts=counts), indent=1)
     write_atomically(out / "config.json", lambda path: path.write_text(text))
-    size = sum(p.numel() for p in merge(ema).parameters()) / 1e6
     print(f"{config.dataset}: {len(data.images)} images, {len(counts)} classes; {size:.2f} M "
           f"parameters; {data.images.device}; {out}/")
     w = capacity_weights(counts, config.w_con, config.w_div)
-    concave = torch.where(1 + config.lam * w <= 0)[0].tolist()
+    concave = [data.names[k] for k in torch.where(1 + config.lam * w <= 0)[0]]
     if concave and not config.no_cm:  # 2 (1 + lam * w) is the loss's curvature in eps_theta
-        print(f"note: 1 + λw <= 0 for {', '.join(data.names[k] for k in concave[:20])}: there the "
-              f"loss has no minimum in ε_θ either; type a smaller --w-div")
+        print(f"note: 1 + λw <= 0 for {', '.join(concave[:20])}: there the loss has no minimum in "
+              f"ε_θ either; type a smaller --w-div")
 
 
-# --------------------------------------------------------------------------------------------------
-# The end of a run: held-out table and pictures; --sample
-
-
+# ---- The end of a run: held-out table and pictures; --sample -------------------------------------
 @torch.no_grad()
 def held_out_loss(unet, images, labels, num_classes, per_class=32, times=8):
-    """Per-class held-out loss of a network in eval mode: (eps-loss of theta [C], of theta_g [C],
-    d [C]), float64, nan for classes without images.
-
-    Of the first `per_class` images [N, C, H, W] (uint8) of each class, fixed times and noise."""
+    """(eps-loss of theta, of theta_g, d), [C] float64, nan without images, of a network in eval
+    mode: each class's first `per_class` images (uint8 [N, C, H, W]), fixed times and noise."""
     index = torch.cat([torch.where(labels == k)[0][:per_class] for k in range(num_classes)])
     images, labels = images[index], labels[index]
     alpha_bar, generator = make_alpha_bar(images.device), torch.Generator().manual_seed(0)
@@ -1111,9 +966,8 @@ def held_out_loss(unet, images, labels, num_classes, per_class=32, times=8):
             with general_only(unet):
                 eps_theta_g = unet(x_t, t, y)
             pairs = (eps_theta, eps), (eps_theta_g, eps), (eps_theta, eps_theta_g)
-            values = [squared_distance(a, b) for a, b in pairs]
-            values = torch.stack([*values, torch.ones_like(values[0])])
-            sums.index_add_(1, y.cpu(), values.double().cpu())
+            values = [squared_distance(a, b) for a, b in pairs] + [torch.ones_like(t)]
+            sums.index_add_(1, y.cpu(), torch.stack(values).double().cpu())
     return tuple(sums[:3] / sums[3])
 
 
@@ -1123,93 +977,73 @@ def report(ema, data, config, rows, out):
     counts = data.counts.cpu()
     per_class = max(1, min(32, 2000 // len(counts)))
     losses = held_out_loss(ema, data.held_out, data.held_out_labels, len(counts), per_class)
-    columns = dict(zip(("ω_Con", "ω_Div", "loss θ", "loss θ_g", "d (no dropout)"),
-                       (*class_weights(counts), *losses), strict=True))
-    if config.no_cm:
-        del columns["loss θ_g"], columns["d (no dropout)"]
-    labels = {g: f"{g} {data.names[int(g)]}" if g.isdigit() else g for g in groups(counts)}
-    width = max(map(len, labels.values()))
-    header = f"{'class':{width}} {'count':>7}" + "".join(f"{name:>15}" for name in columns)
-    header += "" if config.no_cm else f"{'d (training)':>15}"
-    print(f"\nε-loss on {data.held_out_name}, {per_class} images a class\n{header}")
+    columns = "count", "ω_Con", "ω_Div", "loss θ", "loss θ_g", "d (no dropout)", "d (training)"
+    shown, table = 4 if config.no_cm else 7, {"class": columns}
     for group, k in groups(counts).items():
-        row = f"{labels[group]:{width}} {int(counts[k].sum()):7d}"
-        row += "".join(f"{float(values[k].nanmean()):15.4g}" for values in columns.values())
-        row += "" if config.no_cm else f"{rows[-1][f'd_{group}']:15.4g}"
-        print("-" * len(header) + "\n" + row if group == "Many" else row)
-    if not config.no_cm:
-        print("d (training) is that of log.csv's last row, under dropout. θ against θ_g shows "
-              "where the expertise\nlies, not whether CM helps: for that, train with --no-cm, too.")
+        label = f"{group} {data.names[int(group)]}" if group.isdigit() else group
+        values = [float(v[k].nanmean()) for v in (*class_weights(counts), *losses)]
+        values = (f"{v:.4g}" for v in (*values, rows[-1][f"d_{group}"]))
+        table[label] = int(counts[k].sum()), *values
+    print(f"\nε-loss on {data.held_out_name}, {per_class} images a class")
+    for label, row in table.items():
+        print(f"{label:{max(map(len, table))}}" + "".join(f"{v:>15}" for v in row[:shown]))
+    print("" if config.no_cm else "θ against θ_g: where expertise lies, not whether CM helps")
     draw_samples(ema, data, config, out / "samples.png")
     draw_curves(rows, data, config, out / "curves.png")
-    print(f"\npictures, weights and log in {out}/")
-
-
-def given(config, y, guidance):
-    """Labels and guidance as a network gets them: none where it was trained without labels."""
-    return (y, guidance) if config.label_drop < 1 else (torch.full_like(y, -1), 0.0)
 
 
 def draw_samples(ema, data, config, path, columns=8):
     """A row a class, most frequent first: real images, then theta, theta_g from the same noise."""
     shown = shown_classes(data.counts.cpu())
     y = torch.tensor(shown, device=data.counts.device).repeat_interleave(columns)
-    y_in, guidance = given(config, y, config.guidance)
+    guidance = config.guidance
+    if config.label_drop == 1:  # trained without labels
+        y, guidance = torch.full_like(y, -1), 0.0
     seeds = [hashed_seed("image", config.seed, i) for i in range(len(y))]
-    how = f"guidance {guidance:g}" if config.label_drop < 1 else "any class"
-    with general_only(ema):
-        networks = {} if config.no_cm else {"θ_g, without BA": merge(ema)}
+    networks = {"θ": merge(ema)}
+    if not config.no_cm:
+        with general_only(ema):
+            networks["θ_g, without BA"] = merge(ema)
     panels = {"real (training set)": data.first(shown, columns)}
-    for title, unet in ({"θ": merge(ema)} | networks).items():
-        panels[f"{title}, {how}"] = to_uint8(sample(unet, y_in, data.images.shape[1:],
-                                                    guidance=guidance, seeds=seeds))
+    for title, unet in networks.items():
+        x = sample(unet, y, data.images.shape[1:], guidance=guidance, seeds=seeds)
+        panels[f"{title}, guidance {guidance:g}"] = to_uint8(x)
     draw_panels(panels, [f"{data.names[k]}  {int(data.counts[k])}" for k in shown], path)
 
 
-def plain_text(name):
-    """A class's name for matplotlib: $ begins no formula, a leading _ hides nothing."""
-    return " " * name.startswith("_") + name.replace("$", r"\$")
-
-
+@matplotlib.rc_context({"text.parse_math": False})  # names may hold $
 def draw_panels(panels, names, path):
     """{title: uint8 [rows * columns, C, H, W]} side by side; `names` are the rows'."""
-    from matplotlib.figure import Figure
     rows = len(names)
     columns = len(next(iter(panels.values()))) // rows
     side = max(1.6, 0.075 * max(map(len, names)))  # inches
-    figure = Figure(figsize=(side + 0.42 * columns * len(panels), 0.42 * rows + 0.7),
-                    layout="constrained")
+    size = side + 0.42 * columns * len(panels), 0.42 * rows + 0.7
+    figure = matplotlib.figure.Figure(size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
-        grid = torchvision.utils.make_grid(images.cpu(), columns, padding=0)  # [3, H, W]
+        grid = utils.make_grid(images.cpu(), columns, padding=0)  # [3, H, W]
         axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
-    axes[0].set_yticks([(i + 0.5) * images.shape[2] for i in range(rows)],
-                       map(plain_text, names), fontsize=8)
+    axes[0].set_yticks([(i + 0.5) * images.shape[2] for i in range(rows)], names, fontsize=8)
     write_atomically(path, lambda p: figure.savefig(p, dpi=130))
 
 
+@matplotlib.rc_context({"text.parse_math": False})
 def draw_curves(rows, data, config, path):
     """Per-class d and base loss over steps, coloured from the majority to the minority."""
-    import matplotlib
-    from matplotlib.figure import Figure
     shown = shown_classes(data.counts.cpu())
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 1, len(shown)))
+    names = [f"{k} {data.names[k]} ({int(data.counts[k])})" for k in shown]
     kinds = {} if config.no_cm else {"d": "d = ‖ε_θ − ε_θg‖², in training"}
     kinds |= {"base": "base loss"}
-    figure = Figure(figsize=(4.6 * len(kinds) + 1.6, 3.4), layout="constrained")
+    figure = matplotlib.figure.Figure((4.6 * len(kinds) + 1.6, 3.4), layout="constrained")
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
-        for k, color in zip(shown, colors, strict=True):
-            axis.plot([row["step"] for row in rows], [row[f"{kind}_{k}"] for row in rows],
-                      lw=1, color=color, marker="." if len(rows) < 3 else "",
-                      label=plain_text(f"{data.names[k]} ({int(data.counts[k])})"))
-        axis.set(title=title, xlabel="step")
-        if any(value > 0 for line in axis.lines for value in line.get_ydata()):
-            axis.set_yscale("log")
+        axis.set_prop_cycle(color=matplotlib.colormaps["viridis"](np.linspace(0, 1, len(shown))))
+        values = [[row[f"{kind}_{k}"] for k in shown] for row in rows]
+        axis.plot([row["step"] for row in rows], values, lw=1, label=names)
+        axis.set(title=title, xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5),
-                    title="class (count)", title_fontsize=7)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     if config.div_margin < math.inf and not config.no_cm:
         axes[0].axhline(config.div_margin, color="k", ls=":", lw=1)
     write_atomically(path, lambda p: figure.savefig(p, dpi=130))
@@ -1219,71 +1053,59 @@ def generate(config, network=make_unet):
     """--sample: write an .npz in ADM's layout, arr_0 uint8 [N, H, W, C] and arr_1 labels, and a
     picture. `network` as `train`'s. Raises ValueError, FloatingPointError on infinite images."""
     trained, ema, counts = load_trained(config.sample, network=network)
-    names = load_checkpoint(config.sample)[0]["names"]
     device = pick_device(config.device)
-    kind = precision(config, device)
-    chosen = list(config.labels or range(len(counts)))
-    out = Path(config.out or Path(config.sample).parent / "samples.npz")
-    check(not (config.general_only and trained.no_cm), "general_only", True,
-          "left away where --no-cm was trained: there is no theta_g")
-    check(min(chosen) >= 0 and max(chosen) < len(counts), "labels", config.labels,
-          f"from 0 to {len(counts) - 1}")
-    check(not config.labels or trained.label_drop < 1, "labels", config.labels,
-          "left away where --label-drop 1 was trained")
-    check(out.suffix == ".npz" and out.parent.is_dir(), "out", out,
-          "a name that ends in .npz, in a directory that exists, with --sample")
+    autocast = precision(config, device)
+    chosen, general = config.labels or range(len(counts)), config.general_only
+    out = Path(config.out or Path(config.sample).with_name("samples.npz"))
+    check(not (general and trained.no_cm), "general_only", True, "left away: there is no theta_g")
+    check(not config.labels or trained.label_drop < 1, "labels", chosen, "left away: it knows none")
+    check(max(chosen) < len(counts), "labels", chosen, f"below {len(counts)}")
+    check(out.suffix == ".npz" and out.parent.is_dir(), "out", out, "an .npz in a directory")
     check(config.overwrite or not out.exists(), "out", out, "new, without --overwrite")
 
-    with general_only(ema) if config.general_only else contextlib.nullcontext():
+    with general_only(ema) if general else contextlib.nullcontext():
         unet = lay_out(merge(ema), device)
     shape = (unet.encoder[0].in_channels, trained.image_size, trained.image_size)
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(config.num_images)])
-    y_in, guidance = given(trained, labels, config.guidance)
-    images = []
-    with tqdm(total=len(labels), unit="image") as progress, autocast(kind, device):
-        for y in y_in.split(config.sample_batch):
-            seeds = [hashed_seed("image", config.seed, progress.n + i) for i in range(len(y))]
-            x = sample(unet, y.to(device), shape, config.sampler, config.sample_steps, guidance,
-                       seeds)
-            if not x.isfinite().all():
-                raise FloatingPointError("images are not finite; nothing was written")
-            images.append(to_uint8(x).cpu())
-            progress.update(len(y))
+    y_in, guidance, arrays = labels, config.guidance, {"arr_1": labels.numpy()}
+    if trained.label_drop == 1:  # trained without labels
+        y_in, guidance, arrays = torch.full_like(labels, -1), 0.0, {}
+    seeds = [hashed_seed("image", config.seed, i) for i in range(len(labels))]
+    images, steps = [], config.sample_steps or SAMPLERS[config.sampler][1]
+    for i in tqdm(range(0, len(labels), config.sample_batch), "sampling"):
+        batch = slice(i, i + config.sample_batch)
+        with autocast:
+            x = sample(unet, y_in[batch].to(device), shape, config.sampler, steps, guidance,
+                       seeds[batch])
+        if not x.isfinite().all():
+            raise FloatingPointError("images are not finite; nothing was written")
+        images.append(to_uint8(x).cpu())
     images = torch.cat(images)
-    arrays = dict(arr_0=images.permute(0, 2, 3, 1).numpy(), counts=np.array(counts),
-                  guidance=guidance, sampler=config.sampler,
-                  sample_steps=config.sample_steps or SAMPLERS[config.sampler][1])
-    if trained.label_drop < 1:  # an unconditional image has no label
-        arrays["arr_1"] = labels.numpy()
+    arrays |= dict(arr_0=images.permute(0, 2, 3, 1).numpy(), counts=np.array(counts),
+                   guidance=guidance, sampler=config.sampler, sample_steps=steps)
     write_atomically(out, lambda p: np.savez(p, **arrays))
 
-    shown = [k for k in shown_classes(counts) if (labels == k).any()]
-    columns = min(8, *(int((labels == k).sum()) for k in shown))
+    names = load_checkpoint(config.sample)[0]["names"]
+    shown = [k for k in shown_classes(counts) if k in labels]
+    columns = max(1, min(8, len(labels) // len(chosen)))
     first = torch.cat([images[labels == k][:columns] for k in shown])
     draw_panels({out.name: first}, [f"{k} {names[k]}" for k in shown], out.with_suffix(".png"))
-    print(f"{len(labels)} images of {'theta_g' if config.general_only else 'theta'} in {out}, "
-          f"the first of each class in {out.with_suffix('.png')}")
+    print(f"{len(labels)} images of {'theta_g' if general else 'theta'} in {out}, {out.stem}.png")
 
 
-# --------------------------------------------------------------------------------------------------
-# Options: one field, one flag. `None` means "the preset's value", or what [default: ...] says.
-
+# ---- Options: one field, one flag; None is the preset's value, or what [default: ...] says -------
 PRESETS = {
     "paper": dict(image_size=32, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
-                  dropout=0.1, rank_ratio=0.1, batch_size=64, steps=300_000, lr=2e-4, warmup=5000,
-                  base="oc", log_every=500, checkpoint_every=1000),
+                  batch_size=64, steps=300_000, lr=2e-4, warmup=5000, base="oc", log_every=500),
     "small": dict(image_size=16, channels=16, multipliers=(1, 2, 2), blocks=1, attention=(),
-                  dropout=0.1, rank_ratio=0.1, batch_size=32, steps=4200, lr=3e-3, warmup=None,
-                  base="ddpm", log_every=50, checkpoint_every=500),
-}
-DATASETS = {"fashion16": "small", "fashion": "small", "cifar10": "paper", "cifar100": "paper",
-            "folder": "paper"}
+                  batch_size=32, steps=4200, lr=3e-3, warmup=None, base="ddpm", log_every=50)}
+DATASETS = "fashion16", "fashion", "cifar10", "cifar100", "folder"
 
 
-def option(default, help, low=None, below=math.inf, group=None, **extra):
-    """A field, low <= value < below, of `group` or that of the field before; extra: argparse's."""
+def option(default, help, low=None, high=math.inf, group=None, **extra):
+    """A field, low <= value <= high, of `group` or that of the field before; extra: argparse's."""
     option.group = group or option.group
-    metadata = dict(help=help, range=(low, below), group=option.group, extra=extra)
+    metadata = dict(help=help, range=(low, high), group=option.group, extra=extra)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -1295,53 +1117,50 @@ class Config:
     data: str = option(None, "torchvision's root [default: data]; a tree, held-out in TREE/val")
     ir: float = option(None, "imbalance ratio, 1: as it comes [default: 100; folder: 1]", 1)
     n_max: int = option(None, "images in the largest class [default: all, or as the smallest]", 1)
-    subset_seed: int = option(0, "draws a class's images; 0 is the published draw", 0, 2**32)
-    resample: float = option(1.0, "draw classes with p_c ~ N_c^q: 0.5 is RS (Sec. 4.1)", 0, 11)
-    flip: bool = option(None, "horizontal flips [default: off for the fashion data sets]")
+    subset_seed: int = option(0, "draws a class's images; 0 is the published draw", 0, 2**32 - 1)
+    resample: float = option(1.0, "draw classes with p_c ~ N_c^q: 0.5 is RS (Sec. 4.1)", 0, 10)
+    flip: bool = option(None, "horizontal flips [default: off for the fashion data sets]",
+                        action=argparse.BooleanOptionalAction)
 
     preset: str = option(None, "size of network and run [default: small for fashion, else paper]",
                          group="network", choices=list(PRESETS))
     image_size: int = option(None, "side of the square images, in pixels", 1)
     channels: int = option(None, "width of the first level, an even number", 2)
-    multipliers: tuple = option(None, "width of each level over --channels (Fig. 4d)", type=int)
+    multipliers: tuple = option(None, "width of each level over --channels (Fig. 4d)", 1)
     blocks: int = option(None, "residual blocks a level", 1)
-    attention: tuple = option(None, "resolutions with attention, beside the middle", type=int,
-                              nargs="*")
-    dropout: float = option(None, "dropout rate (Sec. G.1)", 0, 1)
+    attention: tuple = option(None, "resolutions with attention, beside the middle", nargs="*")
+    dropout: float = option(0.1, "dropout rate (Sec. G.1)", 0, 1)
 
     no_cm: bool = option(False, "the plain network: no reservation, base loss only", group="method")
-    rank_ratio: float = option(None, "rank of BA over full rank (Eq. 1, Sec. G.1)")
+    rank_ratio: float = option(0.1, "rank of BA over full rank (Eq. 1, Sec. G.1)")
     lam: float = option(1.0, "lambda, weight of L_CM (Eq. 4)", 0)
     w_con: float = option(1.0, "weight of omega_con (Eq. 2); 0: no L_Con (Tab. 7)", 0)
     w_div: float = option(0.2, "weight of omega_div; 1: as printed; 0: no L_Div (Tab. 7)", 0)
     div_margin: float = option(0.1, "fuse, the d up to which divergence counts; inf: none", 0)
     same_masks: bool = option(False, "one dropout mask for theta and theta_g: capacity alone")
     base: str = option(None, "base loss (Sec. 3.2, D)", choices=["oc", "ddpm", "cbdm", "focal"])
-    cbdm_prior: str = option("uniform", "CBDM's y': as Eq. (D.1), or its code's",
-                             choices=["uniform", "frequency"])
+    cbdm_prior: str = option("uniform", "draws CBDM's y' (D.1)", choices=["uniform", "frequency"])
 
     steps: int = option(None, "training steps (Sec. G.1)", 1, group="training")
     batch_size: int = option(None, "images a step, over all processes (Sec. G.1)", 1)
     lr: float = option(None, "Adam's learning rate after warm-up (Sec. G.1)", 0)
     warmup: int = option(None, "steps of linear warm-up [default: paper 5000, small steps/60]", 0)
-    label_drop: float = option(0.1, "share of samples without label; 1: unconditional", 0)
+    label_drop: float = option(0.1, "share of samples without label; 1: unconditional", 0, 1)
     ema: float = option(0.9999, "largest decay of the weights' moving average", 0, 1)
-    seed: int = option(0, "seed of weights, batches and sampling", 0, 2**63)
-    amp: str = option("auto", "mixed precision on CUDA; off is float32 without TF32",
-                      choices=["auto", "bf16", "fp16", "off"])
+    seed: int = option(0, "seed of weights, batches and sampling", 0, 2**63 - 1)
+    amp: str = option("auto", "mixed precision on CUDA", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the network")
     device: str = option(None, "cpu, cuda, cuda:1, ... [default: cuda if it is there]")
 
-    out: str = option(None, "run directory, or the .npz that --sample writes [default: "
-                      "runs/DATASET; samples.npz beside the checkpoint]", group="run")
+    out: str = option(None, "run directory [default: runs/DATASET], --sample's .npz", group="run")
     resume: bool = option(False, "go on from --out's checkpoint; --steps and --device may change")
     overwrite: bool = option(False, "write into a directory, or an .npz, that is there")
-    checkpoint_every: int = option(None, "a checkpoint with the first row after as many steps", 1)
+    checkpoint_every: int = option(500, "a checkpoint with the first row after as many steps", 1)
     log_every: int = option(None, "steps between rows of log.csv", 1)
 
     sample: str = option(None, "generate images from this checkpoint.pt", group="sampling")
     num_images: int = option(50_000, "how many, in equal numbers of each class (Sec. 4.1)", 1)
-    labels: tuple = option(None, "only these classes, by number", type=int)
+    labels: tuple = option(None, "only these classes, by number", 0)
     sampler: str = option("ddim", "DDIM, DDPM or DPM-Solver++ (Tab. G.10)", choices=list(SAMPLERS))
     sample_steps: int = option(None, "sampler steps [default: ddim 50, ddpm 1000, dpm 15]", 1)
     guidance: float = option(1.5, "w in eps_c + w (eps_c - eps_null); 0: off", 0)
@@ -1350,35 +1169,23 @@ class Config:
 
     def resolved(self):
         """A copy with every preset-dependent field filled in. Raises ValueError on nonsense."""
-        config = dataclasses.replace(self, preset=self.preset or DATASETS[self.dataset])
-        preset = PRESETS[config.preset] | dict(
-            ir=1.0 if config.dataset == "folder" else 100.0, out=f"runs/{config.dataset}",
-            flip=config.dataset not in ("fashion16", "fashion"))
+        c, fashion = dataclasses.replace(self), self.dataset in ("fashion16", "fashion")
+        c.preset = c.preset or ("small" if fashion else "paper")
+        preset = dict(ir=1.0 if c.dataset == "folder" else 100.0, out=f"runs/{c.dataset}",
+                      flip=not fashion, **PRESETS[c.preset])
         for name, value in preset.items():
-            if getattr(config, name) is None:
-                setattr(config, name, value)
-        if config.warmup is None:
-            config.warmup = max(1, config.steps // 60)  # as 5,000 of 300,000
-        config.check()
-        return config
-
-    def check(self):
-        """Raises ValueError, one line, on a value that makes no sense."""
-        for field in dataclasses.fields(self):
-            value, low, below = (getattr(self, field.name), *field.metadata["range"])
-            if low is not None and value is not None:
-                under = f" and below {below}" if below < math.inf else ""
-                ok = low <= value < below or value == math.inf and field.name == "div_margin"
-                check(ok, field.name, value, f"at least {low}{under}")
-        check(self.label_drop <= 1, "label_drop", self.label_drop, "in [0, 1]")
-        check(0 < self.rank_ratio <= 1, "rank_ratio", self.rank_ratio, "in (0, 1]")
-        check(self.channels % (2 if self.channels < 128 else 32) == 0, "channels", self.channels,
-              "even, and from 128 on divisible by 32, GroupNorm's groups")
-        check(not (self.resume and self.overwrite), "overwrite", True, "left away with --resume")
-        check(min(self.multipliers) >= 1, "multipliers", self.multipliers, "at least 1 each")
-        stride = 2 ** (len(self.multipliers) - 1)
-        check(self.image_size % stride == 0, "image_size", self.image_size,
-              f"divisible by the network's stride, {stride}")
+            if getattr(c, name) is None:
+                setattr(c, name, value)
+        c.warmup = max(1, c.steps // 60) if c.warmup is None else c.warmup  # as 5,000 of 300,000
+        for field in dataclasses.fields(c):
+            v, (low, high) = getattr(c, field.name), field.metadata["range"]
+            if low is not None and v is not None:
+                check(low <= np.min(v) <= np.max(v) <= high, field.name, v, f"in [{low}, {high}]")
+        check(c.channels % 2 == 0, "channels", c.channels, "even")
+        check(not (c.resume and c.overwrite), "overwrite", True, "left away with --resume")
+        stride = 2 ** (len(c.multipliers) - 1)
+        check(c.image_size % stride == 0, "image_size", c.image_size, f"divisible by {stride}")
+        return c
 
 
 def check(ok, name, value, expected):
@@ -1386,60 +1193,32 @@ def check(ok, name, value, expected):
         raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {expected}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line, generated from Config
-
-
 def parse(argv):
-    """(Config, set of the options typed)."""
+    """(Config, set of the options typed). The command line is generated from Config."""
     parser = argparse.ArgumentParser(prog="cm.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    sections = {}
+    kinds = {bool: dict(action="store_true"), tuple: dict(type=int, nargs="+")}
+    groups = dict.fromkeys(field.metadata["group"] for field in dataclasses.fields(Config))
+    sections = {group: parser.add_argument_group(group) for group in groups}
     for field in dataclasses.fields(Config):
-        group, text, extra = (field.metadata[name] for name in ("group", "help", "extra"))
-        if group not in sections:
-            sections[group] = parser.add_argument_group(group)
-        if field.name in PRESETS["paper"] and "[" not in text:
-            values = [f"{name} {preset[field.name]}" for name, preset in PRESETS.items()]
-            text += f" [default: {', '.join(values)}]"
-        elif field.default is not None and field.type is not bool:
-            text += f" [default: {field.default}]"
-        if field.type is bool:
-            both = field.default is None
-            extra = dict(action=argparse.BooleanOptionalAction if both else "store_true")
-        else:
-            extra = dict(type=field.type) | extra
-            if field.type is tuple:
-                extra.setdefault("nargs", "+")
-        flag = "--" + field.name.replace("_", "-")
-        sections[group].add_argument(flag, default=argparse.SUPPRESS, help=text, **extra)
-    typed = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
-    return Config(**typed), set(typed)
+        name, text = field.name, field.metadata["help"]
+        presets = [f"{key} {preset[name]}" for key, preset in PRESETS.items() if name in preset]
+        default = ", ".join(presets) or field.default
+        if "[" not in text and default not in (None, False):
+            text += f" [default: {default}]"
+        how = kinds.get(field.type, dict(type=field.type)) | field.metadata["extra"]
+        how |= dict(default=argparse.SUPPRESS, help=text)
+        sections[field.metadata["group"]].add_argument("--" + name.replace("_", "-"), **how)
+    args = vars(parser.parse_args(argv))
+    args = {name: tuple(v) if isinstance(v, list) else v for name, v in args.items()}
+    return Config(**args), set(args)
 
 
-def check_used(config, typed):
-    """Raises ValueError where an option was typed that the command ignores."""
-    sampling = {f.name for f in dataclasses.fields(config) if f.metadata["group"] == "sampling"}
-    ignored, where = typed & sampling, "without --sample"
-    if config.sample is not None:
-        shared = {"seed", "amp", "device", "out", "overwrite"}
-        ignored, where = typed - sampling - shared, "with --sample"
-    elif config.no_cm and not ignored:
-        of_cm = {"rank_ratio", "lam", "w_con", "w_div", "div_margin", "same_masks"}
-        ignored, where = typed & of_cm, "with --no-cm"
-    for name in sorted(ignored):
-        raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
-    check(config.out != "", "out", "empty", "a name")
-    if config.sample is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--sample is one process's work; type python instead of torchrun")
-
-
-def fail(message):
-    """One line on stderr, status 2."""
+def fail(message, status=2):
+    """One line on stderr, and the end."""
     print(f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def main(argv=None):
@@ -1447,21 +1226,24 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):  # a terminal without Greek letters shows ?
             stream.reconfigure(errors="replace")
     config, typed = parse(argv)
+    sampling = {f.name for f in dataclasses.fields(config) if f.metadata["group"] == "sampling"}
+    of_cm = {"rank_ratio", "lam", "w_con", "w_div", "div_margin", "same_masks"}
     try:
-        check_used(config, typed)
         resolved = config.resolved()
+        unused = typed & (sampling | of_cm if config.no_cm else sampling)
+        if config.sample is not None:
+            check("WORLD_SIZE" not in os.environ, "sample", config.sample, "without torchrun")
+            unused = typed - sampling - {"seed", "amp", "device", "out", "overwrite"}
+        for name in sorted(unused):
+            check(False, name, getattr(config, name), "left away: it has no meaning here")
         if config.sample is None:
             train(resolved, typed)
         else:
             generate(config)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         fail(e)
-    except FloatingPointError as e:
-        sys.exit(f"cm.py: {e}")
     except KeyboardInterrupt:
-        print("cm.py: interrupted; with --resume training goes on from its last checkpoint",
-              file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted; with --resume training goes on from its last checkpoint", 130)
 
 
 if __name__ == "__main__":

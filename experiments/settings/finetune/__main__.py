@@ -188,17 +188,18 @@ class StableDiffusion:
 def fine_tune(net, setting, config, path, options):
     """Train the parameters of `net` that require gradients; see shared.fit. The checkpoint is
     without W_f."""
-    device, kind = setting.data.images.device, cm.precision(config, setting.data.images.device)
+    device = setting.data.images.device
+    autocast = cm.precision(config, device)
     losses = cm.CapacityManipulation.from_config(net, setting.data.counts, config).to(device)
     losses.alpha_bar.copy_(setting.alpha_bar)
 
     def loss(i):
         batch = cm.draw_batch(setting.batches, config, config.batch_size, i)
-        with cm.autocast(kind, device):
+        with autocast:
             return losses(*batch)[0]
 
     shared.fit(net, loss, path, options, config.steps, config.seed, config.lr, ema=config.ema,
-               weight_decay=WEIGHT_DECAY, fp16=kind == "fp16")
+               weight_decay=WEIGHT_DECAY, fp16=autocast.fast_dtype == torch.float16)
 
 
 def npz(args, config, name, seed):
@@ -227,7 +228,7 @@ def run(setting, method, seed, args, options):
     for name, file in files.items():
         if not file.is_file():
             images = functools.partial(setting.images, merged[name])
-            with cm.autocast(cm.precision(config, device), device):
+            with cm.precision(config, device):
                 shared.sample(file, images, setting.data, args.num_images, seed,
                               setting.sample_batch, guidance=config.guidance, sampler="ddim",
                               sample_steps=SAMPLE_STEPS)
