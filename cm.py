@@ -1028,11 +1028,10 @@ def draw_panels(panels, names, path):
     write_atomically(path, lambda p: figure.savefig(p, dpi=130))
 
 
-@matplotlib.rc_context({"text.parse_math": False})
 def draw_curves(rows, data, config, path):
     """Per-class d and base loss over steps, coloured from the majority to the minority."""
     shown = shown_classes(data.counts.cpu())
-    names = [f"{k} {data.names[k]} ({int(data.counts[k])})" for k in shown]
+    names = [f"{k} {data.names[k]} ({int(data.counts[k])})".replace("$", r"\$") for k in shown]
     kinds = {} if config.no_cm else {"d": "d = ‖ε_θ − ε_θg‖², in training"}
     kinds |= {"base": "base loss"}
     figure = matplotlib.figure.Figure((4.6 * len(kinds) + 1.6, 3.4), layout="constrained")

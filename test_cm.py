@@ -1458,6 +1458,7 @@ def test_class_names_stand_in_the_pictures_as_they_are(tmp_path):
         cm.draw_curves([{"step": 1} | row], data, config(), tmp_path / "c.svg")
     for file, shown in (("p", names), ("c", [f"{i} {n} ({4 - i})" for i, n in enumerate(names)])):
         texts = re.findall("<text.*?>(.*?)</text>", (tmp_path / f"{file}.svg").read_text())
+        assert not any("mathdefault" in text for text in texts)  # the axes' powers of ten
         assert {html.escape(name, quote=False) for name in shown} <= {t.strip() for t in texts}
 
 
