@@ -35,7 +35,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision import datasets, transforms, utils
 from tqdm import tqdm
 
-T = 1000  # diffusion steps (Sec. G.1)
+T = 1000  # diffusion steps (Sec. G.1); t is 0..T-1 here, 1..T in the paper
 
 
 # ---- Eq. (1): capacity reservation ---------------------------------------------------------------
@@ -81,9 +81,9 @@ def matrix_and_rank(layer, rank_ratio):
 
 def reserve_capacity(module, rank_ratio=0.1, where=None):
     """Replace Conv2d and Linear layers inside `module`, in place, by LowRankReserved ones (Eq. 1).
-    `where(layer)` says which, by default all whose rank (`matrix_and_rank`) is below min(d, k).
-    Returns the module (a bare layer comes back wrapped). Raises ValueError where a layer is out of
-    BA's reach, and if none is left. (Sec. 3.1, G.1)"""
+    `where(layer)` chooses; those whose rank (`matrix_and_rank`) isn't below min(d, k) stay plain in
+    any case. Returns the module (a bare layer comes back wrapped). Raises ValueError where a layer
+    is out of BA's reach, and if none is left. (Sec. 3.1, G.1)"""
     check(0 < rank_ratio <= 1, "rank_ratio", rank_ratio, "in (0, 1]")
     if reserved_layers(module):
         raise ValueError("capacity is reserved in this module already; merge it first")
@@ -200,7 +200,7 @@ def scales(alpha_bar, t, x):
 
 
 def add_noise(x0, t, eps, alpha_bar):
-    """x_t ~ q(x_t | x_0) of x0's shape and type (Sec. A; Algorithm C.1 lacks the second root)."""
+    """x_t of x0, eps [B, ...], t [B], in x0's type (Sec. A; Algorithm C.1 lacks the 2nd root)."""
     signal_scale, noise_scale = scales(alpha_bar, t, x0)
     return (signal_scale * x0 + noise_scale * eps).to(x0.dtype)
 
@@ -225,7 +225,7 @@ def oc_target(x0, x_t, t, y, eps, counts, alpha_bar, generator=None):
 
 def cbdm_pull(eps_theta, eps_other, t, y_in):
     """What Class-Balancing Diffusion (CBDM, Qin et al. 2023) adds to the base loss [B]: Eq. (D.1)
-    with one other class y', tau = t / T and gamma = 1/4; nothing where y is dropped."""
+    with one other class y', tau t = t / T and gamma = 1/4; nothing where y is dropped."""
     pull = squared_distance(eps_theta, eps_other.detach())
     pull = pull + 0.25 * squared_distance(eps_theta.detach(), eps_other)
     return t / T * pull * (y_in >= 0)
@@ -280,8 +280,8 @@ class CapacityManipulation(nn.Module):
             base = (1 - torch.exp(-base)) * base
         if self.no_cm:
             return base.mean(), base, torch.zeros_like(base), torch.zeros_like(base)
-        d = squared_distance(eps_theta, eps_theta_g)  # weighed by the true class, also where
-        loss_cm = weigh(d, self.w[y], self.div_margin)  # the label is dropped
+        d = squared_distance(eps_theta, eps_theta_g)
+        loss_cm = weigh(d, self.w[y], self.div_margin)  # by the true class, also where y_in is -1
         total = base.mean() + self.lam * loss_cm.mean()  # Eq. (4)
         return total, base, loss_cm, d.detach()
 
@@ -354,7 +354,7 @@ SAMPLERS = {"ddim": (ddim, 50), "ddpm": (ddpm, T), "dpm": (dpm, 15)}  # with the
 
 @torch.no_grad()
 def sample(model, labels, image_shape, sampler="ddim", steps=None, guidance=0.0, seeds=None):
-    """Images [B, C, H, W] in [-1, 1] of an eps-function or UNet in eval mode, `model(x, t, y)`.
+    """Images [B, C, H, W] in [-1, 1] or nan, of an eps-function or UNet in eval mode, f(x, t, y).
     labels [B] (-1: none); image_shape (C, H, W); seeds: one int an image, so that the batch size
     doesn't matter; guidance w: eps_c + w (eps_c - eps_null), classifier-free. Raises ValueError."""
     draw, usual = SAMPLERS[sampler]
@@ -492,8 +492,8 @@ class UNet(nn.Module):
 
 
 def make_unet(config, num_classes, image_channels):
-    """The UNet of a run, with capacity reserved (Eq. 1) unless --no-cm where the authors' code has
-    it: in the 3x3 convolutions of the decoder's blocks and upsampling, but the last."""
+    """The UNet of a run. Unless --no-cm, capacity is reserved (Eq. 1) where the authors' code has
+    it: in the 3x3 convolutions of the decoder's blocks and upsampling, not in the very last one."""
     unet = UNet(num_classes, image_channels, config.image_size, config.channels,
                 config.multipliers, config.blocks, config.attention, config.dropout)
     if not config.no_cm:
@@ -533,7 +533,7 @@ def long_tail_indices(labels, ir, seed=0, n_max=None):
 
 
 def splits(counts):
-    """{"Many": classes, "Medium": ..., "Few": ...} by training count (Sec. 4.1); two: no Medium."""
+    """{"Many": classes, "Medium": ..., "Few": ...} by count (Sec. 4.1); of two no Medium."""
     order = np.argsort(-np.asarray(counts), kind="stable")
     third = len(counts) // 3
     if len(counts) == 2:
@@ -543,7 +543,7 @@ def splits(counts):
 
 def read_image(file):
     """An image file as a PIL image of mode RGB: upright by its EXIF, 16 bits rounded to 8, floats
-    in [0, 1] times 255, transparency dropped as PIL does (no background). Raises as PIL does."""
+    in [0, 1] times 255, transparency dropped as PIL does. Raises as PIL does, and ValueError."""
     with Image.open(file) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # PIL would clip these at 255
@@ -703,7 +703,7 @@ def to_uint8(x):
 # ---- Training loop -------------------------------------------------------------------------------
 def hashed_seed(purpose, *numbers):
     """One integer for `manual_seed`, from a purpose (at most 8 letters) and ints in [0, 2^63).
-    PyTorch's CPU generators keep its low 32 bits: sums would meet, hashes do by chance alone."""
+    PyTorch's CPU generators keep its low 32 bits: of seed + step many pairs would share one."""
     # SeedSequence takes words of 32 bits; two halves of each, so that no two lists read alike
     words = [int.from_bytes(purpose.encode(), "little"), *numbers]
     halves = [half for word in words for half in (word % 2**32, word >> 32)]
@@ -711,8 +711,8 @@ def hashed_seed(purpose, *numbers):
 
 
 def draw_batch(data, config, size, step, rank=0):
-    """One step's x0, y, t, eps and y_in (y, -1 where the label is dropped). Also seeds what
-    `forward` draws, all by (seed, step, process): for resumed runs, and for other methods' runs."""
+    """One step's x0, y, t, eps and y_in (y, -1 where the label is dropped). All, and what `forward`
+    draws next, is by (seed, step, process) alone: resumed runs and other methods see the same."""
     torch.manual_seed(hashed_seed("batch", config.seed, step, rank))
     x0, y = data.batch(size, config.resample, config.flip)
     t = torch.randint(T, (size,), device=x0.device)
@@ -745,7 +745,7 @@ def lay_out(unet, device):
 
 
 def precision(config, device):
-    """The context of --amp on this device; what isn't half as wide is float32, never TF32."""
+    """The autocast context of --amp. Sets globally: float32 products are float32, not TF32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     kind, gpu = config.amp, device.type == "cuda"
     check(gpu or kind in ("auto", "off"), "amp", kind, "left away without a GPU")
@@ -808,7 +808,7 @@ def shown_classes(counts):
 
 
 def groups(counts):
-    """What tables and logs have a value of, {label: classes [n]}: classes by number, splits."""
+    """{label: classes [n]} of what tables and logs list: classes by number, then the splits."""
     classes = {str(k): torch.tensor([k]) for k in shown_classes(counts)}
     return classes | {name: torch.as_tensor(k) for name, k in splits(counts).items()}
 
@@ -1204,7 +1204,7 @@ def parse(argv):
         name, text = field.name, field.metadata["help"]
         presets = [f"{key} {preset[name]}" for key, preset in PRESETS.items() if name in preset]
         default = ", ".join(presets) or field.default
-        if "[" not in text and default not in (None, False):
+        if "[" not in text and default is not None and default is not False:
             text += f" [default: {default}]"
         how = kinds.get(field.type, dict(type=field.type)) | field.metadata["extra"]
         how |= dict(default=argparse.SUPPRESS, help=text)

@@ -2527,7 +2527,7 @@ def test_readme_links_lead_to_the_lines_they_name():
     lines = (HERE / "cm.py").read_text().splitlines()
     links = re.findall(r"\[([^\]]*)\]\(cm\.py#L(\d+)\)", README)
     says = {f"Eq. ({i})": f"# Eq. ({i})" for i in (1, 2, 3, 4)} | {
-        "losses of one batch": "def forward(self, x0, y, t, eps, y_in):", "step": "def update(",
+        "losses of one batch": "def forward(self, x0, y, t, eps, y_in):", "update": "def update(",
         "DDIM": "def ddim("}
     assert {text for text, _ in links} == set(says)
     for text, line in links:
@@ -2581,7 +2581,7 @@ def test_readme_training_step_runs_as_printed(dtype):
     net = cm.UNet(4, 1, 8, 8, (1, 2), 1, (4,), dropout=0.5).to(dtype)
     x0, y, t, eps = batch()
     names = dict(cm=cm, torch=torch, net=net, counts=[40, 9, 4, 1], x0=x0.to(dtype), y=y, t=t,
-                 eps=eps.to(dtype), alpha_bar=cm.make_alpha_bar())
+                 y_in=y, eps=eps.to(dtype), alpha_bar=cm.make_alpha_bar())
     exec(once + step, names)
     w, d = names["w"], cm.squared_distance(names["eps_theta"], names["eps_theta_g"])
     assert torch.equal(names["loss_cm"], w[y] * d) and 0 < d.max() < 0.1  # BA = 0: dropout alone
