@@ -238,8 +238,7 @@ def test_picture_shows_the_studys_samples_of_the_most_frequent_and_the_rare_clas
         files.append(tmp_path / f"large-{arm}-20" / "samples.npz")
         (files[-1].parent / "run").mkdir(parents=True)
         torch.save(dict(config=vars(config)), files[-1].parent / "run" / "checkpoint.pt")
-        np.savez(files[-1], arr_1=np.arange(30) % 10,
-                 arr_0=np.full((30, 8, 8, 1), value, np.uint8))
+        np.savez(files[-1], arr_0=np.full((30, 8, 8, 1), value, "u1"), arr_1=np.arange(30) % 10)
     picture.main(["--samples", *map(str, files), "--assets", str(tmp_path)])
     (shown, names, path), = panels
     assert list(shown) == ["real", "CM", "agreement alone"] and path.parent == tmp_path

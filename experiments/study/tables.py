@@ -197,16 +197,18 @@ def draw(rows, assets):
 
 
 def draw_arms(axis, runs, names):
-    """A line an arm: a dot a seed, a bar at the mean; a seed's dots joined; dotted, DDPM's mean."""
+    """A line an arm: a dot a seed, a bar at the mean over the seeds that all these arms have; a
+    seed's dots joined; dotted, DDPM's mean."""
     fd = pd.concat([run["FD Few"] for run in runs], axis=1)  # [seed, arm]
+    means = fd.dropna().mean()
     axis.plot(fd.T, range(len(names)), color="0.85", lw=0.7, zorder=1)
     for place, arm in enumerate(names):
         colour = COLOURS.get(arm.replace(",", "").split()[0], "0.35")
-        values = fd.iloc[:, place]
-        axis.scatter(values, [place] * len(fd), 22, colour, alpha=0.7, lw=0, zorder=3)
-        axis.plot([values.mean()] * 2, [place - 0.32, place + 0.32], color=colour, lw=3, zorder=4)
+        mean = means.iloc[place]
+        axis.scatter(fd.iloc[:, place], [place] * len(fd), 22, colour, alpha=0.7, lw=0, zorder=3)
+        axis.plot([mean, mean], [place - 0.32, place + 0.32], color=colour, lw=3, zorder=4)
         if arm == "DDPM":
-            axis.axvline(values.mean(), color=colour, ls=":", lw=1)
+            axis.axvline(mean, color=colour, ls=":", lw=1)
     axis.set_yticks(range(len(names)), map(name_of, names, runs))
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.grid(axis="x", alpha=0.3)

@@ -253,3 +253,10 @@ def test_runs_and_samples_that_arent_finite_say_so(tiny, tmp_path, monkeypatch):
     assert rows[["arm", "guidance", "status"]].values.tolist() == [
         ["DDPM", "0", off], ["CM", "0", "finished"], ["CM", "1.5", "images not finite"]]
     assert ((rows["FD Few"] != "") == (rows["status"] == "finished")).all()
+
+
+def test_bars_are_means_over_the_seeds_that_all_arms_have():
+    runs = [pd.DataFrame({"FD Few": fd, "above fuse": 0.0}) for fd in ([1, 2, 9.0], [4, 6.0])]
+    axis = tables.Figure().subplots()
+    tables.draw_arms(axis, runs, ["DDPM", "CM"])
+    assert [line.get_xdata()[0] for line in axis.lines if line.get_lw() == 3] == [1.5, 5]
