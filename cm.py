@@ -580,7 +580,8 @@ def list_images(tree, names=("",)):
     Linked folders are followed once; files of other endings are counted on stderr."""
     found, seen = [], {os.path.realpath(tree / name) for name in ("", *names)}
     for label, name in enumerate(names):
-        for folder, inner, files in os.walk(tree / name, followlinks=True):
+        again = lambda e: e.errno == 2 or os.listdir(e.filename)  # raises; val may lack a class
+        for folder, inner, files in os.walk(tree / name, onerror=again, followlinks=True):
             found += [(folder, file, label) for file in visible(files)]
             real = {os.path.realpath(Path(folder, name)): name for name in visible(inner)}
             inner[:] = [name for path, name in real.items() if path not in seen]
@@ -614,7 +615,7 @@ def load_dataset(name, data=None, image_size=32, train=True):
     """A data set as it comes (not yet long-tailed): uint8 [N, H, W, C], labels [N] int64, list of
     class names. train=False: the held-out images, N = 0 where there are none. Raises ValueError."""
     if name == "folder":
-        check(data, "data", data, "a tree with one folder of images a class")
+        check(data and Path(data).is_dir(), "data", data, "a tree with a folder of images a class")
         resize = transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC)
         square = transforms.Compose([resize, transforms.CenterCrop(image_size), np.asarray])
         tree, names = class_folders(Path(data))
@@ -1007,7 +1008,7 @@ def draw_samples(ema, data, config, path, columns=8):
     panels = {"real (training set)": data.first(shown, columns)}
     for title, unet in networks.items():
         x = sample(unet, y, data.images.shape[1:], guidance=guidance, seeds=seeds)
-        panels[f"{title}, guidance {guidance:g}"] = to_uint8(x)
+        panels[title + (f", guidance {guidance:g}" if y[0] >= 0 else ", any class")] = to_uint8(x)
     draw_panels(panels, [f"{data.names[k]}  {int(data.counts[k])}" for k in shown], path)
 
 
@@ -1039,8 +1040,8 @@ def draw_curves(rows, data, config, path):
     for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
         axis.set_prop_cycle(color=matplotlib.colormaps["viridis"](np.linspace(0, 1, len(shown))))
         values = [[row[f"{kind}_{k}"] for k in shown] for row in rows]
-        axis.plot([row["step"] for row in rows], values, lw=1, label=names)
-        axis.set(title=title, xlabel="step", yscale="log")
+        axis.plot([row["step"] for row in rows], values, ".-"[len(rows) > 2:], lw=1, label=names)
+        axis.set(title=title, xlabel="step", yscale="log" if np.nanmax(values) > 0 else "linear")
         axis.grid(alpha=0.3)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     if config.div_margin < math.inf and not config.no_cm:
@@ -1085,11 +1086,11 @@ def generate(config, network=make_unet):
     write_atomically(out, lambda p: np.savez(p, **arrays))
 
     names = load_checkpoint(config.sample)[0]["names"]
-    shown = [k for k in shown_classes(counts) if k in labels]
+    shown = [k for k in shown_classes(counts) if k in labels] or sorted(set(labels.tolist()))[:9]
     columns = max(1, min(8, len(labels) // len(chosen)))
     first = torch.cat([images[labels == k][:columns] for k in shown])
-    draw_panels({out.name: first}, [f"{k} {names[k]}" for k in shown], out.with_suffix(".png"))
-    print(f"{len(labels)} images of {'theta_g' if general else 'theta'} in {out}, {out.stem}.png")
+    draw_panels({out.name: first}, [f"{k} {names[k]}" for k in shown], out.with_suffix(".npz.png"))
+    print(f"{len(labels)} images of {'theta_g' if general else 'theta'} in {out}, {out.name}.png")
 
 
 # ---- Options: one field, one flag; None is the preset's value, or what [default: ...] says -------

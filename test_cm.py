@@ -1487,14 +1487,14 @@ def test_many_classes_two_classes_unconditional_and_plain(tmp_path):
     many = make_tree(tmp_path / "many", {f"c{i:02d}": 1 + i % 5 for i in range(25)})
     flags = f"--dataset folder --preset small --steps 3 {TINY_FLAGS}"
     done = command(f"{flags} --data {many} --out {tmp_path / 'm'}")
-    assert done.returncode == 0, done.stderr
-    assert "TRAINING images" in done.stdout
+    assert done.returncode == 0 and "TRAINING images" in done.stdout, done.stderr
     assert len(re.findall(r"^\d+ c\d\d ", done.stdout, re.M)) == 10
     assert sum(column.startswith("d_") for column in log(tmp_path / "m")[0]) == 13
+    unshown = f"--sample {tmp_path / 'm/checkpoint.pt'} --labels 12 --num-images 2 --sample-steps 1"
+    assert command(unshown).returncode == 0  # it has a picture, too
     two = make_tree(tmp_path / "two", {"female": 3, "male": 12})
     for extra in ("", "--label-drop 1", "--no-cm --base oc --resample 0.5"):
-        out = tmp_path / ("t" + extra.replace(" ", ""))
-        done = command(f"{flags} --data {two} {extra} --out {out}")
+        done = command(f"{flags} --data {two} {extra} --overwrite --out {tmp_path / 't'}")
         assert done.returncode == 0, done.stderr
         assert re.search(r"^Many +12 ", done.stdout, re.M) and "Medium" not in done.stdout
         assert ("θ_g" in done.stdout) == ("d (" in done.stdout) == ("--no-cm" not in extra)
@@ -1574,7 +1574,7 @@ def test_each_option_of_sample_equals_a_direct_call(
     first = [got["arr_0"][i] for k in shown for i in np.where(got["arr_1"] == k)[0][:n]]
     assert (panels["s.npz"].permute(0, 2, 3, 1).numpy() == np.array(first)).all()
     classes = torchvision.datasets.FashionMNIST.classes
-    assert names == [f"{k} {classes[k]}" for k in shown] and path == tmp_path / "s.png"
+    assert names == [f"{k} {classes[k]}" for k in shown] and path == tmp_path / "s.npz.png"
 
 
 def test_sample_of_an_unconditional_plain_network(checkpoints, tmp_path):
@@ -1590,9 +1590,9 @@ def test_sample_of_an_unconditional_plain_network(checkpoints, tmp_path):
 
 def test_sample_out_and_overwrite(checkpoints):
     flags, folder = f"--sample {checkpoints['cm']} --num-images 2", checkpoints["cm"].parent
-    before, file = set(folder.iterdir()) - {folder / "samples.png"}, folder / "samples.npz"
+    before, file = set(folder.iterdir()), folder / "samples.npz"
     assert command(flags).returncode == 0
-    assert set(folder.iterdir()) == before | {file, folder / "samples.png"}
+    assert set(folder.iterdir()) == before | {file, folder / "samples.npz.png"}
     first = file.read_bytes()
     done = command(f"{flags} --seed 1")
     assert done.returncode == 2 and "--overwrite" in done.stderr and file.read_bytes() == first
@@ -1634,7 +1634,7 @@ BAD = {  # arguments: what the line must say; {d} is what `bad` makes, {r} a che
     "--device meta": "--device is meta; it must be cpu, cuda or cuda:N",
     "--rank-ratio 7": "--rank-ratio is 7.0; it must be in (0, 1]",
     "--data {d}/one": "it must be left away with fashion16",
-    "--dataset folder": "--data is None; it must be a tree with one folder",
+    "--dataset folder": "--data is None; it must be a tree with a folder",
     "--dataset folder --data {d}/one --preset small": "holds fewer than two folders",
     "--dataset folder --data {d}/hollow --preset small": "a tree with images of b, too",
     "--dataset fashion --data {d}/short": "short; FashionMNIST is neither whole there nor",
