@@ -980,11 +980,11 @@ def report(ema, data, config, rows, out):
     losses = held_out_loss(ema, data.held_out, data.held_out_labels, len(counts), per_class)
     columns = "count", "ω_Con", "ω_Div", "loss θ", "loss θ_g", "d (no dropout)", "d (training)"
     shown, table = 4 if config.no_cm else 7, {"class": columns}
+    measures = *class_weights(counts), *losses
     for group, k in groups(counts).items():
         label = f"{group} {data.names[int(group)]}" if group.isdigit() else group
-        values = [float(v[k].nanmean()) for v in (*class_weights(counts), *losses)]
-        values = (f"{v:.4g}" for v in (*values, rows[-1][f"d_{group}"]))
-        table[label] = int(counts[k].sum()), *values
+        values = [*(float(v[k].nanmean()) for v in measures), rows[-1][f"d_{group}"]]
+        table[label] = int(counts[k].sum()), *(f"{v:.4g}" for v in values)
     print(f"\nε-loss on {data.held_out_name}, {per_class} images a class")
     for label, row in table.items():
         print(f"{label:{max(map(len, table))}}" + "".join(f"{v:>15}" for v in row[:shown]))

@@ -106,7 +106,8 @@ def estimate(g1, g2, seed=0):
     rng = np.random.default_rng(seed)
     rows = []
     for a in RATIOS:
-        n1, n2 = round(a * N), N - round(a * N)
+        n1 = round(a * N)
+        n2 = N - n1
         predicted = (ndtr(quality * ndtri(theory.pi_maj(a, N, mean_mu, mean_sigma, cos)))
                      if abs(cos) <= 1 else np.nan)  # estimates of small means can leave the range
         mean = n1 * along_b1.mean(0) + n2 * along_b2.mean(0)
@@ -150,8 +151,6 @@ def measure(runs, flags, method, step, seed):
             rows += [dict(layer=name, part=part) | row
                      for row in estimate(g1, minority[part], config.seed)]
     return rows
-
-
 
 
 def summary(rows):

@@ -34,6 +34,7 @@ EPOCHS = 100  # of a Stable Diffusion
 SAMPLE_STEPS = 50  # of DDIM
 UNUSED = "no_cm", "rank_ratio", "seed", "warmup", "compile", "flip", "network", "run", "sampling"
 
+
 # ------------------------------------------------------------------------------------------------
 # W = W_f + B_g A_g + B_e A_e
 
@@ -235,9 +236,9 @@ def run(setting, method, seed, args, options):
     return files, trained
 
 
-def measure(config, args, options, method, seed):
-    """Rows of a run of cm.py's network, which is pre-trained where it isn't yet."""
-    setting = Unlabelled(config, args.runs / "pretrained")
+def measure(setting, args, options, method, seed):
+    """Rows of a run on an Unlabelled."""
+    config = setting.config
     files, trained = run(setting, method, seed, args, options)
     return [dict(method=name, seed=seed, steps=config.steps, trained=trained) | shared.scores(
         file, config, setting.data.images.device, args.runs / "fid", SHOWN)
@@ -286,8 +287,9 @@ def main(argv=None):
         if not args.table:
             options = common.settings([*flags, "--ranks", *map(str, args.ranks)])
             keys = [dict(method=method, seed=seed) for seed in args.seeds for method in METHODS]
+            setting = functools.cache(lambda: Unlabelled(config, args.runs / "pretrained"))
             common.study(args.rows, f"{options} --num-images {args.num_images}", keys,
-                         lambda **key: measure(config, args, options, **key))
+                         lambda **key: measure(setting(), args, options, **key))
         rows, pictures = common.read_table(args.rows), args.assets
         print(shared.compared(common.numbers(rows, ("method", "options")), SHOWN,
                               [name for name in FILES if name != "CM"], same=["trained"]))
