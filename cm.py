@@ -944,7 +944,7 @@ def begin(config, out, data, ema, rows):
           f"parameters; {data.images.device}; {out}/")
     w = capacity_weights(counts, config.w_con, config.w_div)
     concave = [data.names[k] for k in torch.where(1 + config.lam * w <= 0)[0]]
-    if concave and not config.no_cm:  # 2 (1 + lam * w) is the loss's curvature in eps_theta
+    if concave and not config.no_cm:  # 2 (1 + lam * w): curvature in eps_theta (CBDM: at t = 0)
         print(f"note: 1 + λw <= 0 for {', '.join(concave[:20])}: there the loss has no minimum in "
               f"ε_θ either; type a smaller --w-div")
 

@@ -103,8 +103,8 @@ def pi_maj_multi_simple(n1, nk, n, mu, sigma, cos):
 def pi_maj_multi_bound(alpha, n, mu, sigma, cos):
     """Theorem F.2, (F.17): (F.14)'s last line with N over all classes.
 
-    For any means, as the paper states it, it is wrong (`counterexample`). For mutually orthogonal
-    ones it is right. Proof: experiments/theory/proofs.md#pi_maj_multi_bound, (1)-(3)."""
+    For any means, as the paper states it, it can be wrong (`counterexample`). For mutually
+    orthogonal ones it is right. Proof: experiments/theory/proofs.md#pi_maj_multi_bound, (1)-(3)."""
     return pi_maj_bound(alpha, n, mu, sigma, cos)
 
 
@@ -161,7 +161,7 @@ def multi_ladder(alpha, counts, means, sigma):
 
 def counterexample(alpha=0.0):
     """Where (F.17) fails, for `multi_ladder` and `simulate`: counts 1000, 999 and 1,
-    cos∠(μ_1, μ_3) = 0.9, μ_2 parallel to v = μ_1 − μ_3, σ/μ = 10.
+    cos∠(μ_1, μ_3) = 0.9, μ_2 along v = μ_1 − μ_3, σ/μ = 10.
 
     Class 2's gradients all push for class 1 against class 3; (F.17) doesn't know them. By hand, at
     α = 0: s = √0.05 = 0.2236, and the means' components along v are sμ, μ and −sμ, so
@@ -337,7 +337,7 @@ def check_more_classes(report):
     excess = rungs[0] - paper  # of the exact value over what should bound it
     failed = (excess > ROUNDING).sum()
     report.say(f"(F.17) fails in {failed} of them, by up to {excess.max():.2f}", failed > 0)
-    print("  Theorem F.2 doesn't hold as stated: it needs mutually orthogonal means.")
+    print("  Theorem F.2 doesn't hold as stated; for mutually orthogonal means it does.")
 
 
 SWEEPS = {  # of one parameter: axis label, values, the paper's remark
