@@ -81,9 +81,9 @@ def matrix_and_rank(layer, rank_ratio):
 
 def reserve_capacity(module, rank_ratio=0.1, where=None):
     """Replace Conv2d and Linear layers inside `module`, in place, by LowRankReserved ones (Eq. 1).
-    `where(layer)` chooses; those whose rank (`matrix_and_rank`) isn't below min(d, k) stay plain in
-    any case. Returns the module (a bare layer comes back wrapped). Raises ValueError where a layer
-    is out of BA's reach, and if none is left. (Sec. 3.1, G.1)"""
+    `where(layer)` chooses (a slice of layers is a copy); those whose rank (`matrix_and_rank`) isn't
+    below min(d, k) stay plain in any case. Returns the module (a bare layer comes back wrapped).
+    Raises ValueError where a layer is out of BA's reach, and if none is left. (Sec. 3.1, G.1)"""
     check(0 < rank_ratio <= 1, "rank_ratio", rank_ratio, "in (0, 1]")
     if reserved_layers(module):
         raise ValueError("capacity is reserved in this module already; merge it first")
@@ -238,9 +238,9 @@ def same_masks(x):
 
 
 class CapacityManipulation(nn.Module):
-    """The losses of one batch under a network `unet(x_t, t, y)`. A variation is a subclass of it.
-    counts [C]: training images; `base`: "ddpm", "oc", "cbdm" or "focal"; `lam`: lambda;
-    `same_masks`: theta and theta_g share their dropout masks; `no_cm`: base loss only."""
+    """The losses of one batch under a network `unet(x_t, t, y)`, whose parameters alone train. A
+    variation is a subclass. counts [C]: training images; `base`: "ddpm", "oc", "cbdm" or "focal";
+    `lam`: lambda; `same_masks`: theta_g has theta's dropout masks; `no_cm`: base loss only."""
 
     def __init__(self, unet, counts, base="ddpm", lam=1.0, w_con=1.0, w_div=0.2, div_margin=0.1,
                  same_masks=False, cbdm_prior="uniform", no_cm=False):
@@ -484,10 +484,8 @@ class UNet(nn.Module):
         for layer in self.middle:
             h = layer(h, emb)
         for layer in self.decoder:
-            if isinstance(layer, ResBlock):
-                h = layer(torch.cat([h, skips.pop()], 1), emb)
-            else:
-                h = layer(h)
+            block = isinstance(layer, ResBlock)
+            h = layer(torch.cat([h, skips.pop()], 1), emb) if block else layer(h)
         return h
 
 
@@ -634,8 +632,7 @@ def load_dataset(name, data=None, image_size=32, train=True):
         try:
             whole = getattr(datasets, kind)(data or "data", train, download=True)
         except Exception as e:  # torchvision, urllib and pickle have many kinds
-            raise ValueError(f"--data is {data or 'data'}; {kind} is neither whole there nor could "
-                             f"it be fetched ({e!r})") from None
+            raise ValueError(f"{kind} isn't whole in {data or 'data'} ({e!r})") from None
         images, labels, names = np.asarray(whole.data), np.asarray(whole.targets), whole.classes
         if name == "fashion":
             images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]  # [N, 32, 32, 1]
@@ -646,8 +643,6 @@ def shrink(images, size):
     """uint8 [N, H, H, C] averaged to [N, size, size, C]. Raises ValueError."""
     n, side, _, channels = images.shape
     check(side % size == 0, "image_size", size, f"a divisor of {side}")
-    if size == side:
-        return images
     blocks = images.reshape(n, size, side // size, size, side // size, channels)
     return np.rint(blocks.mean((2, 4), np.float32)).astype(np.uint8)
 
@@ -839,19 +834,20 @@ def prepare_run(config, typed):
             raise ValueError(f"{out} is in use; type --resume, --overwrite or another --out")
         return config, None
     state, saved = load_checkpoint(out / "checkpoint.pt")
-    may_change = {"out", "resume", "device"} | typed & {"steps"}
+    may_change = {"out", "resume", "device"} | typed & {"steps", "data"}
     run = dataclasses.replace(saved, **{name: getattr(config, name) for name in may_change})
     for name in sorted(typed):
         check(getattr(config, name) == getattr(run, name), name, getattr(config, name),
-              f"{getattr(run, name)}, as {out} was made; only --steps and --device may change")
+              f"{getattr(run, name)}, as {out} was made; only --steps, --data, --device may change")
     check(run.steps >= state["step"], "steps", run.steps, f"at least {state['step']}, as {out} has")
     return run, state
 
 
 def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_unet, data=Data):
-    """Train as a resolved Config says, in its run directory. `typed`: what a --resume must match;
-    `losses`: CapacityManipulation or a subclass; `network(config, num_classes, image_channels)`: a
-    UNet; `data(config, device)`: like `Data`. Raises ValueError, FloatingPointError."""
+    """Train as a resolved Config says. `typed`: names of the options that a resume compares (or
+    takes: steps, data); `losses`: CapacityManipulation or a subclass; `network(config, num_classes,
+    image_channels)`: with an `encoder[0]`, like `UNet`; `data(config, device)`: like `Data`, images
+    of the config's size. Raises ValueError, FloatingPointError."""
     config, state = prepare_run(config, typed)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of {world}")
@@ -865,7 +861,9 @@ def train(config, typed=frozenset(), losses=CapacityManipulation, network=make_u
             made = data(config, device)
         if world > 1:
             dist.barrier()
-    data, names, counts, out = made, made.names, made.counts.tolist(), Path(config.out)
+    data, counts, out = made, made.counts.tolist(), Path(config.out)
+    data.names = names = [str(name) for name in made.names]  # NumPy's couldn't be loaded again
+    check(data.images.shape[3] == config.image_size, "image_size", config.image_size, "the data's")
     if state and (state["names"], state["counts"]) != (names, counts):
         raise ValueError(f"{out} was trained on other classes, or other counts of them")
 
@@ -985,7 +983,7 @@ def report(ema, data, config, rows, out):
         label = f"{group} {data.names[int(group)]}" if group.isdigit() else group
         values = [*(float(v[k].nanmean()) for v in measures), rows[-1][f"d_{group}"]]
         table[label] = int(counts[k].sum()), *(f"{v:.4g}" for v in values)
-    print(f"\nε-loss on {data.held_out_name}, {per_class} images a class")
+    print(f"\nε-loss on {data.held_out_name}, at most {per_class} images a class")
     for label, row in table.items():
         print(f"{label:{max(map(len, table))}}" + "".join(f"{v:>15}" for v in row[:shown]))
     print("" if config.no_cm else "θ against θ_g: where expertise lies, not whether CM helps")
@@ -1098,7 +1096,7 @@ PRESETS = {
     "paper": dict(image_size=32, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
                   batch_size=64, steps=300_000, lr=2e-4, warmup=5000, base="oc", log_every=500),
     "small": dict(image_size=16, channels=16, multipliers=(1, 2, 2), blocks=1, attention=(),
-                  batch_size=32, steps=4200, lr=3e-3, warmup=None, base="ddpm", log_every=50)}
+                  batch_size=32, steps=4200, lr=3e-3, base="ddpm", log_every=50)}
 DATASETS = "fashion16", "fashion", "cifar10", "cifar100", "folder"
 
 
@@ -1153,7 +1151,7 @@ class Config:
     device: str = option(None, "cpu, cuda, cuda:1, ... [default: cuda if it is there]")
 
     out: str = option(None, "run directory [default: runs/DATASET], --sample's .npz", group="run")
-    resume: bool = option(False, "go on from --out's checkpoint; --steps and --device may change")
+    resume: bool = option(False, "go on in --out; only --data, --device and --steps may change")
     overwrite: bool = option(False, "write into a directory, or an .npz, that is there")
     checkpoint_every: int = option(500, "a checkpoint with the first row after as many steps", 1)
     log_every: int = option(None, "steps between rows of log.csv", 1)
@@ -1169,18 +1167,21 @@ class Config:
 
     def resolved(self):
         """A copy with every preset-dependent field filled in. Raises ValueError on nonsense."""
-        c, fashion = dataclasses.replace(self), self.dataset in ("fashion16", "fashion")
-        c.preset = c.preset or ("small" if fashion else "paper")
-        preset = dict(ir=1.0 if c.dataset == "folder" else 100.0, out=f"runs/{c.dataset}",
-                      flip=not fashion, **PRESETS[c.preset])
-        for name, value in preset.items():
-            if getattr(c, name) is None:
-                setattr(c, name, value)
-        c.warmup = max(1, c.steps // 60) if c.warmup is None else c.warmup  # as 5,000 of 300,000
-        for field in dataclasses.fields(c):
-            v, (low, high) = getattr(c, field.name), field.metadata["range"]
+        fashion = self.dataset in ("fashion16", "fashion")
+        preset = self.preset or ("small" if fashion else "paper")
+        values = dict(preset=preset, ir=1.0 if self.dataset == "folder" else 100.0,
+                      flip=not fashion, out=f"runs/{self.dataset}", **PRESETS.get(preset, {}))
+        values |= {name: v for name, v in vars(self).items() if v is not None}
+        for field in dataclasses.fields(self):
+            name, (low, high), v = field.name, field.metadata["range"], values.get(field.name)
+            choices = field.metadata["extra"].get("choices", [v])
+            check(v is None or v in choices, name, v, " or ".join(map(str, choices)))
+            if v is not None:
+                values[name] = field.type(v)  # a NumPy number or a path couldn't be loaded again
             if low is not None and v is not None:
-                check(low <= np.min(v) <= np.max(v) <= high, field.name, v, f"in [{low}, {high}]")
+                check(low <= np.min(v) <= np.max(v) <= high, name, v, f"in [{low}, {high}]")
+        values.setdefault("warmup", max(1, values["steps"] // 60))  # as 5,000 of 300,000
+        c = dataclasses.replace(self, **values)
         check(c.channels % 2 == 0, "channels", c.channels, "even")
         check(not (c.resume and c.overwrite), "overwrite", True, "left away with --resume")
         stride = 2 ** (len(c.multipliers) - 1)
@@ -1211,7 +1212,6 @@ def parse(argv):
         how |= dict(default=argparse.SUPPRESS, help=text)
         sections[field.metadata["group"]].add_argument("--" + name.replace("_", "-"), **how)
     args = vars(parser.parse_args(argv))
-    args = {name: tuple(v) if isinstance(v, list) else v for name, v in args.items()}
     return Config(**args), set(args)
 
 
@@ -1243,7 +1243,7 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as e:
         fail(e)
     except KeyboardInterrupt:
-        fail("interrupted; with --resume training goes on from its last checkpoint", 130)
+        fail("interrupted; training goes on from its last checkpoint with --resume", 130)
 
 
 if __name__ == "__main__":
