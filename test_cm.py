@@ -19,6 +19,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -1393,7 +1394,7 @@ def test_longer_steps_on_resume_equals_the_longer_run_with_its_first_warmup(tmp_
 def test_overwrite_leaves_nothing_of_the_run_before(finished, tmp_path, monkeypatch):
     out, draw = tmp_path / "run", cm.draw_batch
     shutil.copytree(finished[0], out)
-    stop = lambda: signal.raise_signal(signal.SIGINT)  # as Ctrl-C does, in the fifth step
+    stop = mock.Mock(side_effect=KeyboardInterrupt)  # as Ctrl-C does, in the fifth step
     monkeypatch.setattr(cm, "draw_batch", lambda *a: stop() if a[3] == 5 else draw(*a))
     forever = "--device cpu --steps 1000000000 --preset paper --log-every 2 --checkpoint-every 3"
     assert command(f"{REPLAY} {forever} --overwrite --out {out}").returncode == 130
@@ -2203,7 +2204,7 @@ BAD_FID = {
 def test_fid_bad_input_is_one_line_and_status_2(name, sampled, capfd, monkeypatch):
     arguments, says = BAD_FID[name]
     if name == "interrupted":
-        monkeypatch.setattr(cm, "load_dataset", lambda *a: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr(cm, "load_dataset", mock.Mock(side_effect=KeyboardInterrupt))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: 1 / 0)
     good = dict(np.load("good.npz"))
     x = good["arr_0"]
