@@ -821,8 +821,9 @@ def test_gradients_of_a_step_against_an_independent_writing(terms):
     unet, (x0, y, t, eps) = tiny_unet(dtype=torch.float64), batch(dtype=torch.float64)
     counts, lam = [50, 20, 5, 1], 1.5
     y_in = torch.where(torch.arange(len(y)) == 1, -1, y)  # weighed by its true class all the same
-    free = cm.CapacityManipulation(unet, counts).double()(x0, y, t, eps, y_in)[3]
-    margin = float(free[2:4].mean())  # of the two minority samples one is above, one below
+    losses = cm.CapacityManipulation(unet, counts).double()
+    assert losses.div_margin == cm.capacity_loss.__defaults__[0] == cm.Config.div_margin == 0.1
+    margin = float(losses(x0, y, t, eps, y_in)[3][2:4].mean())  # of two with w < 0 one is above
     losses = cm.CapacityManipulation(unet, counts, lam=lam, div_margin=margin, **terms).double()
     losses(x0, y, t, eps, y_in)[0].backward()
 
@@ -1475,8 +1476,7 @@ def test_samples_are_of_theta_and_theta_g_beside_real_images(finished, tmp_path,
     y, panels = torch.arange(10).repeat_interleave(3), [data.first(range(10), 3)]
     seeds = [cm.hashed_seed("image", 0, i) for i in range(30)]
     for unet in (cm.merge(ema), plain_g):
-        x = sample(unet, y, (1, 8, 8), steps=2, guidance=1.5, seeds=seeds)
-        panels.append(cm.to_uint8(x))
+        panels.append(cm.to_uint8(sample(unet, y, (1, 8, 8), "ddim", 2, 1.5, seeds)))
     for grid, images in zip(grids, panels, strict=True):
         for i, image in enumerate(images):
             row, column = 8 * (i // 3), 8 * (i % 3)
