@@ -81,7 +81,7 @@ def matrix_and_rank(layer, rank_ratio):
 
 def reserve_capacity(module, rank_ratio=0.1, where=None):
     """Replace Conv2d and Linear layers inside `module`, in place, by LowRankReserved ones (Eq. 1).
-    `where(layer)` chooses (a slice of layers is a copy); those whose rank (`matrix_and_rank`) isn't
+    `where(layer)` chooses (a slice would be a copy); those whose rank (`matrix_and_rank`) isn't
     below min(d, k) stay plain in any case. Returns the module (a bare layer comes back wrapped).
     Raises ValueError where a layer is out of BA's reach, and if none is left. (Sec. 3.1, G.1)"""
     check(0 < rank_ratio <= 1, "rank_ratio", rank_ratio, "in (0, 1]")
@@ -238,8 +238,8 @@ def same_masks(x):
 
 
 class CapacityManipulation(nn.Module):
-    """The losses of one batch under a network `unet(x_t, t, y)`, whose parameters alone train. A
-    variation is a subclass. counts [C]: training images; `base`: "ddpm", "oc", "cbdm" or "focal";
+    """The losses of one batch under a network `unet(x_t, t, y)`; `train` trains its weights only.
+    A variation is a subclass. counts [C]: training images; `base`: "ddpm", "oc", "cbdm" or "focal";
     `lam`: lambda; `same_masks`: theta_g has theta's dropout masks; `no_cm`: base loss only."""
 
     def __init__(self, unet, counts, base="ddpm", lam=1.0, w_con=1.0, w_div=0.2, div_margin=0.1,
@@ -644,7 +644,7 @@ def shrink(images, size):
     n, side, _, channels = images.shape
     check(side % size == 0, "image_size", size, f"a divisor of {side}")
     blocks = images.reshape(n, size, side // size, size, side // size, channels)
-    return np.rint(blocks.mean((2, 4), np.float32)).astype(np.uint8)
+    return images if size == side else np.rint(blocks.mean((2, 4), np.float32)).astype(np.uint8)
 
 
 def on_device(images, labels, device):
